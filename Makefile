@@ -1,0 +1,39 @@
+# One command each: `make quickstart`, `make test`, `make lab`. All of them make `.venv` first if it is not there.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+PYTHON ?= python3
+JOBS ?= 2
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# One thread a process: two processes on two cores run five times faster so than when both use both.
+export OMP_NUM_THREADS ?= 1
+# Nothing here may reach for the network, ask for a name, or report home.
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 \
+	DISABLE_TELEMETRY=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
+
+.PHONY: help venv quickstart test lab clean
+help:  ## what can be made
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 20
+
+venv: $(STAMP)  ## .venv with the pinned requirements
+
+$(STAMP): settings.ini constraints.txt setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "videotg_r1 needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo not there):" \
+			"try 'make PYTHON=python3.11 $(MAKECMDGOALS)'" >&2; exit 1; }
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
+	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+quickstart: $(STAMP)  ## the whole method on two CPU cores; ends with reports/quickstart/index.html
+	$(OFFLINE) $(BIN)/vtg run params/quickstart.yaml --jobs $(JOBS)
+
+test: $(STAMP)  ## export and clean change nothing, ruff, every notebook, then pytest
+	@$(OFFLINE) bash .ci/gate $(BIN)
+
+lab: $(STAMP)  ## JupyterLab on this folder; notebooks are cleaned on save
+	JUPYTER_CONFIG_DIR="$(CURDIR)/.jupyter" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)"
+
+clean:  ## removes runs and caches; keeps .venv and reports
+	rm -rf runs .cache build *.egg-info .pytest_cache .ruff_cache

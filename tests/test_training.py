@@ -1,0 +1,346 @@
+"""Training through TRL: the same update as a plain loop, and a resumed run that is the uninterrupted run."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from videotg_r1 import grpo, sft
+from videotg_r1.curriculum import Curriculum, CurriculumConfig
+from videotg_r1.engine import sample, token_logps
+from videotg_r1.grpo import GRPOSettings, train_grpo
+from videotg_r1.ledger import fingerprint
+from videotg_r1.policy import encode, frame_spec, load_policy, random_policy
+from videotg_r1.records import Sample
+from videotg_r1.sft import SFTSettings, train_sft
+from videotg_r1.synthetic import write_video
+from videotg_r1.training import History, checkpoints, prompt_order, read_sample, weights_digest
+from videotg_r1.video import FrameCache
+
+FAMILIES = ("qwen2_5_vl", "qwen3_vl")
+SIZES = {"qwen2_5_vl": 28, "qwen3_vl": 32}
+
+
+def letters(text, s): return sum(c.isalpha() for c in text)/20 + len(text)/50  # dense: a random policy gets spread
+FNS = {"letters": letters}
+
+
+def write_clip(path, span, seconds=6, fps=2, size=64):
+    "A square that is bright during a span"
+    frames = np.full((seconds*fps, size, size, 3), 40, np.uint8)
+    frames[[span[0] <= i/fps <= span[1] for i in range(seconds*fps)], 16:48, 16:48] = 220
+    write_video(path, frames, fps)
+
+
+def make_samples(folder):
+    out = []
+    for i, span in enumerate([(1., 3.), (2., 5.), (0., 2.), (3., 5.5)]):
+        write_clip(folder/f"v{i}.mp4", span)
+        out.append(Sample(qid=f"q{i}", vid=f"v{i}", video=str(folder/f"v{i}.mp4"), duration_s=6., query="a square is bright", spans=(span,)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return make_samples(folder), FrameCache(folder/"cache", 10**8)
+
+
+def spec_for(policy): return frame_spec(policy, fps=1., min_pixels=4*SIZES[policy.family]**2, max_pixels=4*SIZES[policy.family]**2)
+
+
+def settings(**kw):
+    base = dict(steps=2, prompts_per_step=2, G=4, lr=1e-2, max_completion_length=6, rewards={"letters": 1.}, save_steps=0, seed=3)
+    return GRPOSettings(**{**base, **kw})
+
+
+def run(world, out_dir, cfg, family="qwen2_5_vl", curriculum=None, policy=None, **kw):
+    policy = policy or random_policy(family)
+    out = train_grpo(policy, world[0], cfg, out_dir, curriculum=curriculum, frame_spec=spec_for(policy), cache=world[1],
+                     reward_fns=FNS, progress=False, **kw)
+    return policy, out
+
+
+def rows_of(out): return History(out["history"]).rows()
+
+
+# ---------------------------------------------------------------- one update, two ways
+def advantages(rewards):
+    return (rewards - rewards.mean(1, keepdim=True))/(rewards.std(1, keepdim=True) + 1e-4)
+
+
+def plain_update(world, cfg):
+    "One step of GRPO written out: each answer behind its own copy of the prompt, one SGD step"
+    policy, (samples, cache) = random_policy(), world
+    chosen = [samples[i] for i in prompt_order(4, cfg.prompts_per_step, cfg.seed)]
+    encs = [encode(policy, read_sample(s, spec_for(policy), cache), grpo.task_prompt(s)) for s in chosen]
+    seeds = [int(fingerprint([cfg.seed, 0, s.qid]), 16) for s in chosen]
+    r = sample(policy, encs, G=cfg.G, max_new_tokens=cfg.max_completion_length, seed=seeds)
+    adv = advantages(torch.tensor([[letters(t, None) for t in g] for g in r.texts]))
+    logps = token_logps(policy, encs, r.ids, r.mask, packed=False)
+    terms, m = -(logps - logps.detach()).exp()*adv[..., None], r.mask.float()
+    loss = {"grpo": lambda: ((terms*m).sum(-1)/m.sum(-1)).mean(), "bnpo": lambda: (terms*m).sum()/m.sum(),
+            "dapo": lambda: (terms*m).sum()/m.sum(),
+            "dr_grpo": lambda: (terms*m).sum()/(m[..., 0].numel()*cfg.max_completion_length)}[cfg.loss_type]()
+    loss.backward()
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            if p.grad is not None: p -= cfg.lr*p.grad
+    return policy, loss.item()
+
+
+def gap(a, b): return max(float((x - y).abs().max()) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
+def test_one_step_is_the_plain_one(world, tmp_path, loss_type):
+    cfg = settings(steps=1, loss_type=loss_type, optim="sgd", max_grad_norm=0.)
+    ours, out = run(world, tmp_path, cfg)
+    plain, _ = plain_update(world, cfg)
+    assert gap(ours, random_policy()) > 1e-4, "the step must move the weights"
+    assert gap(ours, plain) < 1e-6
+    row = rows_of(out)[0]
+    assert row["sampling/sampling_logp_difference/max"] < 1e-5
+    assert row["reward_std"] > 0 and row["step"] == 1
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_accumulation_changes_nothing(world, tmp_path, loss_type):
+    cfg = settings(steps=1, loss_type=loss_type, optim="sgd", max_grad_norm=0.)
+    whole, _ = run(world, tmp_path/"a", cfg)
+    parts, _ = run(world, tmp_path/"b", replace(cfg, grad_accum=2))
+    split, _ = run(world, tmp_path/"c", replace(cfg, grad_accum=4))    # half a group at a time
+    assert gap(whole, parts) < 1e-6
+    assert gap(whole, split) < 1e-6
+
+
+def test_dead_groups_cost_nothing_and_change_nothing(world, tmp_path):
+    def half_dead(text, s): return letters(text, s) if s.qid in ("q0", "q1") else 1.
+    out = {}
+    for skip in (True, False):
+        policy, cfg = random_policy(), settings(steps=1, prompts_per_step=4, optim="sgd", max_grad_norm=0., skip_dead=skip)
+        s = train_grpo(policy, world[0], cfg, tmp_path/str(skip), frame_spec=spec_for(policy), cache=world[1],
+                       reward_fns={"letters": half_dead}, progress=False)
+        out[skip] = policy, rows_of(s)[0]
+    assert gap(out[True][0], out[False][0]) < 1e-6 < gap(out[True][0], random_policy())
+    (_, a), (_, b) = out[True], out[False]
+    assert a["frac_reward_zero_std"] == b["frac_reward_zero_std"] == .5
+    assert a["total/flops"] < .7*b["total/flops"] and abs(a["loss"] - b["loss"]) < 1e-6
+
+
+# ---------------------------------------------------------------- options keep working
+def test_reference_model_is_the_starting_policy(world, tmp_path):
+    start = random_policy(seed=5)                                     # not what any name in a config would load
+    _, out = run(world, tmp_path, settings(steps=3, beta=.1), policy=start)
+    kl = [r["kl"] for r in rows_of(out)]
+    assert kl[0] < 1e-9 and kl[2] > 1e-6
+
+
+def test_several_iterations(world, tmp_path):
+    _, out = run(world, tmp_path, settings(steps=4, num_iterations=2, grad_accum=2, beta=.02, save_steps=2, loss_type="dapo"))
+    rows = rows_of(out)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4]
+    assert rows[1]["total/samples"] == rows[0]["total/samples"] == 2 < rows[2]["total/samples"]    # second pass over the same answers
+    assert "sampling/sampling_logp_difference/max" in rows[0] and "sampling/sampling_logp_difference/max" not in rows[1]
+    assert all(np.isfinite(r["loss"]) for r in rows)
+
+
+def test_lora(world, tmp_path):
+    cfg = settings(steps=4, lora_r=2, freeze_vision=True, beta=.1, save_steps=2, lr=1e-2)
+    ours, out = run(world, tmp_path/"a", cfg)
+    names = [k for k, v in ours.model.state_dict().items() if not torch.equal(v, random_policy().model.state_dict()[k])]
+    assert names and all("language_model" in n for n in names)
+    assert not any("lora" in k for k in ours.model.state_dict())
+    assert rows_of(out)[0]["kl"] < 1e-9 < rows_of(out)[3]["kl"]
+    stop_at(world, tmp_path/"b", cfg, 3)
+    again, out = run(world, tmp_path/"b", cfg)
+    assert out["resumed_from"] == 2 and gap(again, ours) == 0
+
+
+def test_gradient_checkpointing_and_frozen_vision(world, tmp_path):
+    cfg = settings(steps=1, optim="sgd", max_grad_norm=0., freeze_vision=True)
+    a, _ = run(world, tmp_path/"a", cfg)
+    b, _ = run(world, tmp_path/"b", replace(cfg, gradient_checkpointing=True))
+    assert gap(a, b) < 1e-6
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in b.model.modules()) and all(p.requires_grad for p in b.model.parameters())
+    assert torch.equal(b.model.model.visual.blocks[0].attn.qkv.weight, random_policy().model.model.visual.blocks[0].attn.qkv.weight)
+
+
+def hard(transfer=False, how="blank", schedule="linear"):
+    rows = [dict(qid=f"q{i}", difficulty=.9, bin="hard") if i % 2 else dict(qid=f"q{i}", difficulty=.1, bin="easy") for i in range(4)]
+    return Curriculum(CurriculumConfig(schedule=schedule, start=1., until=1., transfer=transfer, how=how, reach_s=1., margin_s=.5), rows), rows
+
+
+@pytest.mark.parametrize("how", ["blank", "drop"])
+def test_curriculum_at_the_exact_step(world, tmp_path, how):
+    cur, rows = hard(how=how)
+    _, out = run(world, tmp_path, settings(steps=4, prompts_per_step=4), curriculum=cur, difficulties=rows)
+    got = rows_of(out)
+    for i, r in enumerate(got):                                       # every step sees all four samples, two of them hard
+        assert abs(r["curriculum/ratio"] - cur.ratio(i, 4)) < 1e-6 and r["curriculum/masked"] == .5
+        assert "dead_groups/hard" in r and "dead_groups/easy" in r
+    assert got[0]["sampling/sampling_logp_difference/max"] < 1e-5
+    if how == "drop": assert got[0]["total/visual_tokens"] < got[3]["total/visual_tokens"] - got[2]["total/visual_tokens"]
+
+
+def test_hint_transfer_trains_on_the_whole_video(world, tmp_path):
+    cur, rows = hard(transfer=True)
+    _, out = run(world, tmp_path, settings(steps=2, prompts_per_step=4), curriculum=cur, difficulties=rows)
+    r = rows_of(out)[0]
+    assert r["curriculum/hint_logp_difference"] > 1e-4 > r["sampling/sampling_logp_difference/max"]
+
+
+def test_a_parity_break_ends_the_run(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(grpo, "token_logps", lambda *a, **k: tuple(x*1.1 for x in token_logps(*a, **k)))
+    with pytest.raises(RuntimeError, match="do not see the same inputs"): run(world, tmp_path, settings())
+
+
+def test_bf16_keeps_fp32_weights(world, tmp_path):
+    policy, out = run(world, tmp_path, settings(steps=2, precision="bf16", lr=1e-3))
+    assert {p.dtype for p in policy.model.parameters()} == {torch.float32} and gap(policy, random_policy()) > 0
+    assert rows_of(out)[0]["sampling/sampling_logp_difference/mean"] < .05
+
+
+def test_a_reward_nobody_can_give_moves_nothing(world, tmp_path):
+    policy = random_policy()
+    train_grpo(policy, world[0], settings(rewards={"none": 1.}), tmp_path, frame_spec=spec_for(policy), cache=world[1],
+               reward_fns={"none": lambda t, s: None}, progress=False)
+    assert gap(policy, random_policy()) == 0
+
+
+# ---------------------------------------------------------------- resume
+class Stop(Exception): pass
+
+
+def stop_at(world, out_dir, cfg, step, family="qwen2_5_vl", curriculum=None):
+    "Train until the given step begins"
+    look, seen = grpo.VideoGRPO.look, []
+    def stopping(self, qids):
+        if self.state.global_step == step: raise Stop
+        seen.append(self.state.global_step)
+        return look(self, qids)
+    grpo.VideoGRPO.look = stopping
+    try:
+        with pytest.raises(Stop): run(world, out_dir, cfg, family, curriculum)
+    finally: grpo.VideoGRPO.look = look
+    return seen
+
+
+TIMES = ("elapsed_s", "step_time")
+def strip(rows): return [{k: v for k, v in r.items() if k not in TIMES} for r in rows]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_grpo_resumes_exactly(world, tmp_path, family):
+    cfg = settings(steps=4, save_steps=2, schedule="linear", warmup_steps=1, beta=.05)
+    make = lambda: hard(schedule="adaptive")[0]
+    ours, out = run(world, tmp_path/"a", cfg, family, make())
+    assert stop_at(world, tmp_path/"b", cfg, 3, family, make()) == [0, 1, 2]
+    assert [r["step"] for r in History(tmp_path/"b"/"history.jsonl").rows()] == [1, 2, 3]
+    again, out2 = run(world, tmp_path/"b", cfg, family, make())
+    assert out2["resumed_from"] == 2
+    assert strip(rows_of(out)) == strip(rows_of(out2))
+    assert gap(ours, again) == 0
+    assert {k: out2[k] for k in ("tokens", "n", "fingerprint")} == {k: out[k] for k in ("tokens", "n", "fingerprint")}
+    assert weights_digest(load_policy(out2["final"]).model) == weights_digest(ours.model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sft_resumes_exactly(world, tmp_path, family, monkeypatch):
+    cfg = SFTSettings(steps=4, batch_size=2, lr=1e-2, save_steps=2, warmup_steps=1)
+    def go(where, policy): return train_sft(policy, world[0], cfg, where, frame_spec=spec_for(policy), cache=world[1], progress=False)
+    ours = random_policy(family); out = go(tmp_path/"a", ours)
+    loss = sft.VideoSFT.compute_loss
+    with monkeypatch.context() as m:
+        def stopping(self, *a, **k):
+            if self.state.global_step == 3: raise Stop
+            return loss(self, *a, **k)
+        m.setattr(sft.VideoSFT, "compute_loss", stopping)
+        with pytest.raises(Stop): go(tmp_path/"b", random_policy(family))
+    again = random_policy(family); out2 = go(tmp_path/"b", again)
+    assert out2["resumed_from"] == 2 and gap(ours, again) == 0
+    assert strip(rows_of(out)) == strip(rows_of(out2))
+
+
+def test_other_settings_data_or_weights_are_refused(world, tmp_path):
+    cfg = settings(steps=1)
+    run(world, tmp_path, cfg)
+    with pytest.raises(ValueError, match="settings.lr: 0.01 there, 0.02 now"): run(world, tmp_path, replace(cfg, lr=2e-2))
+    with pytest.raises(ValueError, match="weights"): run(world, tmp_path, cfg, policy=random_policy(seed=1))
+    with pytest.raises(ValueError, match="samples"): run((world[0][:3], world[1]), tmp_path, cfg)
+    t = time.perf_counter(); _, out = run(world, tmp_path, cfg)
+    assert time.perf_counter() - t < 2 and out["steps"] == 1
+
+
+KILLED = """
+import sys; sys.path.insert(0, {root!r}); sys.path.insert(0, {here!r})
+from pathlib import Path
+import test_training as t
+world = t.make_world_at(Path({data!r}))
+t.run(world, {out!r}, t.settings(steps=30, save_steps=3))
+"""
+
+
+def make_world_at(folder):
+    "The samples that are in a folder already"
+    from videotg_r1.records import read_samples
+    return read_samples(folder/"s.jsonl"), None
+
+
+def test_sigkill_at_any_moment(world, tmp_path):
+    from videotg_r1.records import write_samples
+    here = Path(__file__).parent
+    write_samples(tmp_path/"s.jsonl", world[0])
+    code = KILLED.format(root=str(here.parent), here=str(here), data=str(tmp_path), out=str(tmp_path/"b"))
+    child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    history, end = History(tmp_path/"b"/"history.jsonl"), time.time() + 120
+    while len(history.rows()) < 7 and child.poll() is None and time.time() < end: time.sleep(.05)
+    child.send_signal(signal.SIGKILL); child.wait()
+    assert len(history.rows()) >= 7, "the run was killed before it had begun"
+    cfg = settings(steps=30, save_steps=3)
+    killed, out = run(world, tmp_path/"b", cfg)
+    whole, out2 = run(world, tmp_path/"a", cfg)
+    assert out["resumed_from"] >= 6 and gap(killed, whole) == 0
+    assert strip(rows_of(out)) == strip(rows_of(out2)) and len(rows_of(out)) == 30
+
+
+TWO = """
+import sys; sys.path.insert(0, {root!r}); sys.path.insert(0, {here!r})
+from pathlib import Path
+import test_training as t
+t.run(t.make_world_at(Path({data!r})), {out!r}, t.settings(steps=2, prompts_per_step=4, save_steps=1))
+"""
+
+
+def test_two_processes_train_as_one(world, tmp_path):
+    from videotg_r1.records import write_samples
+    here = Path(__file__).parent
+    write_samples(tmp_path/"s.jsonl", world[0])
+    (tmp_path/"two.py").write_text(TWO.format(root=str(here.parent), here=str(here), data=str(tmp_path), out=str(tmp_path/"b")))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path/"two.py")],
+                   env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=120)
+    cfg = settings(steps=2, prompts_per_step=4, save_steps=1)
+    one, out = run(world, tmp_path/"a", cfg)
+    two, out2 = run(world, tmp_path/"b", cfg)                       # finished there: loads what the two made
+    assert gap(one, two) < 1e-4 < gap(one, random_policy()) and out["tokens"] == out2["tokens"]
+    assert [r["reward"] for r in rows_of(out)] == pytest.approx([r["reward"] for r in rows_of(out2)], abs=1e-5)
+
+
+# ---------------------------------------------------------------- what lies on disk
+def test_a_checkpoint_holds_no_pickle_that_is_loaded_unsafely(world, tmp_path, monkeypatch):
+    cfg = settings(steps=2, save_steps=1, keep_checkpoints=2)
+    _, out = run(world, tmp_path, cfg)
+    kept = checkpoints(tmp_path)
+    assert sorted(kept) == [1, 2]
+    files = {p.name for p in kept[2].iterdir()}
+    assert "model.safetensors" in files and not files & {"training_args.bin", "pytorch_model.bin"}
+    for name in ("optimizer.pt", "scheduler.pt"): torch.load(kept[2]/name, weights_only=True)
+    run_json = json.loads((tmp_path/"run.json").read_text())
+    assert run_json["fingerprint"] == out["fingerprint"] and run_json["meta"]["settings"]["beta"] == 0.
