@@ -110,13 +110,13 @@ def score(
     for k,v in result.items(): say(f"{k:12}{v:.4f}" if isinstance(v, float) else f"{k:12}{v}")
     return 0
 
-# %% ../nbs/82_cli.ipynb #3fe72fbb
+# %% ../nbs/82_cli.ipynb #43c19f6b
 PARAMS = ("params", dict(help="params file, as in params/quickstart.yaml"))
 RUNS = ("--runs", dict(default="runs", help="folder of the run folders (default: runs)"))
 VALUES = ("values", dict(nargs="*", metavar="name=value", help="values, read as YAML"))
 FORCE = ("--force", dict(action="store_true", help="replace results of other parameters instead of refusing"))
 VERBS = {
-    "run": (run, [PARAMS, ("--jobs", dict(type=int, default=2, help="stages at once (default: 2)")), FORCE,
+    "run": (run, [PARAMS, ("--jobs", dict(type=int, default=0, help="stages at once (default: one where a GPU is used, else one for each core, 4 at most)")), FORCE,
                   ("--only", dict(default="", help="names of stages to run, by commas; no report is written")), RUNS,
                   ("--reports", dict(default="reports", help="folder of the reports (default: reports)"))]),
     "stage": (stage, [("name", dict(help="prepare, reflect, estimate, select, train, evaluate, ablation, data_efficiency, or a notebook")), VALUES,

@@ -122,7 +122,7 @@ def write_mp4(
         out.mux(stream.encode())
     return path
 
-# %% ../nbs/09_decode.ipynb #f62fcedf
+# %% ../nbs/09_decode.ipynb #2ce869cf
 @dataclass
 class VideoInfo:
     "What a container holds; times in seconds, sizes as shown on a screen"
@@ -138,7 +138,7 @@ class VideoInfo:
     lead_s:float=0. # seconds before the first picture, where a file's beginning is missing
     seeks:str="" # why jumping in this file lands on other pictures; "" where it is safe
     by_dts:bool=False # times are those of decoding: the container has none of showing (AVI)
-    keys:np.ndarray=field(default=None, repr=False, compare=False) # ticks where decoding may start; None: only at the first
+    keys:np.ndarray=field(default=None, repr=False, compare=False) # ticks to start decoding at; None: the first
     frame_ts:np.ndarray=field(default=None, repr=False, compare=False) # [N] seconds from the first frame
     pts:np.ndarray=field(default=None, repr=False, compare=False) # [N] the same in ticks
     first:object=field(default=None, repr=False, compare=False) # the first decoded picture (an av.VideoFrame)
@@ -218,12 +218,13 @@ def _ticks(path, container, o):
         raise VideoError(path, "its pictures have no times", "put it into a container: ffmpeg -i IN -c copy OUT.mp4")
     return np.unique(ticks).astype(np.int64),o.length[ticks.argmax()],by_dts
 
-# %% ../nbs/09_decode.ipynb #5cf263db
+# %% ../nbs/09_decode.ipynb #68924a61
 _INDEXED = {"mov", "mp4", "matroska", "webm", "flv", "avi"}
 
 def _why_not_seek(container, o):
     "Reason not to jump around in this file, or empty"
-    if not _INDEXED & set(container.format.name.split(",")): return f"a {container.format.name} file has no index to seek by"
+    name = container.format.name
+    if not _INDEXED & set(name.split(",")): return f"a {name} file has no index to seek by"
     return "pictures come before their keyframe (open GOP)" if o.early else ""
 
 def _declared(container, stream):
@@ -232,7 +233,7 @@ def _declared(container, stream):
     return container.duration/1e6 if container.duration else math.nan
 
 def _last_s(frame_ts, said_s, declared_s, rate):
-    "Seconds that the last picture is shown: what its packet says within the header's promise, at least as long as usual"
+    "Seconds that the last picture is shown: as its packet says, within the header's promise; at least as long as usual"
     usual = float(np.median(np.diff(frame_ts))) if len(frame_ts) > 1 else 0.
     if usual < 1e-3: usual = float(1/(rate or 25))
     left = declared_s - frame_ts[-1]
@@ -242,7 +243,7 @@ def _lead_s(start_s, span_s, declared_s):
     "Seconds missing before the first picture: more than one, and counted in by the header"
     return start_s if start_s > 1 and abs(declared_s - start_s - span_s) < abs(declared_s - span_s) else 0.
 
-# %% ../nbs/09_decode.ipynb #8100e50c
+# %% ../nbs/09_decode.ipynb #5d21a34d
 def scan(
     path, # video file
 )->VideoInfo: # with `frame_ts`, `pts`, `keys` and `first` set
@@ -255,7 +256,7 @@ def scan(
         base,declared_s = float(stream.time_base),_declared(container, stream)
         seeks,codec,rate = _why_not_seek(container, o),stream.codec_context.name,stream.average_rate
     frame_ts,start_s = (pts - pts[0])*base,float(pts[0]*base)
-    if frame_ts[-1] > 1e7: raise VideoError(path, f"absurd times: the last picture is at {frame_ts[-1]:.3g} s", "remux it")
+    if frame_ts[-1] > 1e7: raise VideoError(path, f"absurd time of the last picture: {frame_ts[-1]:.3g} s", "remux it")
     last_s = _last_s(frame_ts, length*base, declared_s, rate)
     lead_s = 0. if "no index" in seeks else _lead_s(start_s, frame_ts[-1] + last_s, declared_s)
     frame_ts += lead_s
@@ -360,7 +361,7 @@ def refuse_times(
     off = np.abs(ts - ts[0] - expected + expected[0]).max()
     return f"its times are up to {off:.3f} s off the container's" if off > max(.5*step, 2e-3) else ""
 
-# %% ../nbs/09_decode.ipynb #69a796d2
+# %% ../nbs/09_decode.ipynb #929224f0
 MAX_PICTURE_GAP = 12. # mean absolute difference of the first picture, grey levels of 255
 
 def _stderr_size():
@@ -370,8 +371,8 @@ def _stderr_size():
 
 def _first_words(e):
     "The part of a decoder's message that says something"
-    text = str(e).split("Stack trace")[0].strip().split("\n")[0]
-    return re.sub(r"^(\[[\d:]+\] )?(/\S+\.cc:\d+: )?(\[[^]]*\] ?)?", "", text)[:160] or type(e).__name__
+    text = re.sub(r"(\[[\d:]+\]\s*)?/\S+\.cc:\d+:\s*|\[[^]]*/[^]]*\]\s*", "", str(e).split("Stack trace")[0]).strip()
+    return text.split("\n")[0][:160] or type(e).__name__
 
 def _in_order(reader, which, frame_bytes):
     "Frames of decord; where they are close together all between are read too: a jump costs it several pictures"
@@ -411,7 +412,7 @@ def decord_frames(
     if off > MAX_PICTURE_GAP: raise no(f"refused: its first picture is {off:.0f} grey levels off")
     return out[back[1:]]
 
-# %% ../nbs/09_decode.ipynb #099127de
+# %% ../nbs/09_decode.ipynb #c8adc695
 def _plan(path, info, spec):
     "(index [T], sampled fps, height, width) for a source with these times"
     sampler = dict(grid=grid_plan, linspace=linspace_plan)[spec["placement"]]
@@ -436,17 +437,19 @@ def _with_pyav(path, info, spec):
         f"only {_share(len(seen), info.n_frames)} of its pictures decode, at most {spec['max_lost']:.0%} may be lost",
         "fetch it again, or raise max_lost")
     frame_ts = info.frame_ts[np.searchsorted(info.pts, seen).clip(0, info.n_frames - 1)]
-    held = replace(info, pts=seen, frame_ts=frame_ts, keys=None, duration_s=float(frame_ts[-1] + info.duration_s - info.frame_ts[-1]))
+    duration_s = float(frame_ts[-1] + info.duration_s - info.frame_ts[-1])
+    held = replace(info, pts=seen, frame_ts=frame_ts, keys=None, duration_s=duration_s)
     index,fps,*size = _plan(path, held, spec)
-    return pyav_frames(path, held, index, *size)[0],frame_ts[index],fps,held.duration_s,f"{_share(len(lost), info.n_frames)} pictures lost"
+    frames,_ = pyav_frames(path, held, index, *size)
+    return frames,frame_ts[index],fps,duration_s,f"{_share(len(lost), info.n_frames)} pictures lost"
 
-# %% ../nbs/09_decode.ipynb #6e0536d4
+# %% ../nbs/09_decode.ipynb #65bc58df
 def _notes(path, info, min_held):
     "What is unusual about a container, in words"
     notes,held_s,gaps = [],info.duration_s - info.lead_s,np.diff(info.frame_ts)
     if held_s < min(.9*info.declared_s, info.declared_s - 1):
         if held_s < min_held*info.declared_s: raise VideoError(path,
-            f"holds {held_s:.1f} of the {info.declared_s:.1f} s that its header claims", "fetch it again, or lower min_held")
+            f"holds {held_s:.1f} s of the {info.declared_s:.1f} s in its header", "fetch it again, or lower min_held")
         notes.append(f"cut short: holds {held_s:.1f} of {info.declared_s:.1f} s")
     if info.lead_s: notes.append(f"no picture in its first {info.lead_s:.1f} s")
     if len(gaps) and (most := gaps.max()) > max(2, 10*np.median(gaps)):
@@ -495,7 +498,7 @@ def send(
     _write_all(fd, struct.pack("<I", len(text)) + text)
     if pixels is not None and pixels.size: _write_all(fd, np.ascontiguousarray(pixels))
 
-# %% ../nbs/09_decode.ipynb #d9122b00
+# %% ../nbs/09_decode.ipynb #8a5bd71f
 def _answer(request):
     "(message, pixels) for one request"
     try:
@@ -505,9 +508,9 @@ def _answer(request):
         frames,about = read_frames(request["path"], request["spec"])
         return {"about":about},frames
     except VideoError as e: return {"error":[e.reason, e.advice]},None
-    except MemoryError: return {"error":["takes more memory than allowed", "raise memory_bytes, or scale it down first"]},None
+    except MemoryError: return {"error":["takes too much memory", "raise memory_bytes, or scale it down first"]},None
     except Exception as e:      # the parent must hear of any failure, and this process must live on for the next file
-        return {"error":[f"{type(e).__name__} while decoding: {_first_words(e)}", "leave its samples out, report this"]},None
+        return {"error":[f"{type(e).__name__}: {_first_words(e)}", "leave its samples out, and report this"]},None
 
 def _limit_memory(memory_bytes):
     "Allow `memory_bytes` of address space above what is mapped now"
@@ -521,7 +524,7 @@ def _follow(parent):
     while os.getppid() == parent: time.sleep(.5)
     os._exit(0)
 
-# %% ../nbs/09_decode.ipynb #4e07a9cf
+# %% ../nbs/09_decode.ipynb #51bf9f27
 def serve(
     parent:int, # process id to follow
     memory_bytes:int, # limit on memory for decoding
@@ -538,6 +541,7 @@ def serve(
     send(out, {"ready":True})
     while len(head := _read_exactly(inp, 4)) == 4:
         request = json.loads(_read_exactly(inp, struct.unpack("<I", head)[0]))
+        if (_stderr_size() or 0) > 1 << 20: os.ftruncate(2, 0)
         signal.setitimer(signal.ITIMER_REAL, request["timeout_s"] + 5)
         send(out, *_answer(request))
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -6,7 +6,7 @@
 __all__ = ['LOSSES', 'GRPOSettings', 'reward_parts', 'check_grpo', 'part_size', 'grpo_args', 'View', 'VideoGRPO', 'reference',
            'reward_column', 'pass_flops', 'grpo_trainer_class', 'train_grpo', 'check_sample']
 
-# %% ../nbs/51_grpo.ipynb #da2021c4
+# %% ../nbs/51_grpo.ipynb #37d43484
 from dataclasses import dataclass, field
 from functools import cache, partial
 from statistics import mean
@@ -18,7 +18,8 @@ from .compute import flops, model_shape
 from .config import settings, to_params
 from .engine import sample, token_logps
 from .ledger import fingerprint
-from .policy import encode, frame_spec, save_policy, unwrap
+from .policy import encode, save_policy, unwrap
+from .policy import frame_spec as policy_frames
 from .prompts import parse_answer
 from .records import Sample
 from .rewards import reward_weights, score_completion
@@ -418,7 +419,7 @@ def grpo_trainer_class(): # class VideoGRPOTrainer(VideoGRPO, trl.GRPOTrainer)
     from trl import GRPOTrainer
     return type("VideoGRPOTrainer", (VideoGRPO, GRPOTrainer), {})
 
-# %% ../nbs/51_grpo.ipynb #c36a3d12
+# %% ../nbs/51_grpo.ipynb #6fb71b62
 def train_grpo(
     policy, # Policy to train, changed in place
     samples, # list of Sample
@@ -426,14 +427,14 @@ def train_grpo(
     out_dir, # folder: run.json, history.jsonl, checkpoint-N, final
     difficulties=None, # rows {qid, difficulty, bin}, or dict of them by qid; for dead groups by bin
     curriculum=None, # Curriculum; None: nothing is masked
-    spec=None, # FrameSpec; None: the policy's own
+    frame_spec=None, # FrameSpec; None: the policy's own
     cache=None, # FrameCache
     reward_fns=None, # dict part -> (text, sample) -> float or None, for parts of cfg.rewards that are your own
     progress:bool=True, # show a bar
 ): # dict: kind, steps, seconds, tokens, compute, last, history, final, resumed_from, n, fingerprint
     "Reinforce what scores well, or go on with it"
     check_trl()
-    spec = frame_spec(policy) if spec is None else spec
+    spec = policy_frames(policy) if frame_spec is None else frame_spec
     rows = difficulties.values() if isinstance(difficulties, dict) else difficulties or ()
     bins = {r["qid"]: r["bin"] for r in rows if r.get("bin")}
     for s in samples: check_sample(s, cfg, reward_fns or {}, curriculum)

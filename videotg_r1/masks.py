@@ -11,7 +11,7 @@ import numpy as np
 
 from .spans import as_spans
 
-# %% ../nbs/11_masks.ipynb #af15278f
+# %% ../nbs/11_masks.ipynb #82c40c50
 SHAPES = ("symmetric", "asymmetric", "wide")
 
 def neighbourhood(
@@ -26,7 +26,8 @@ def neighbourhood(
     "Window around a span that stays visible when all else is hidden"
     s,e = _inside(span, duration_s)
     if shape not in SHAPES: raise ValueError(f"neighbourhood: shape must be one of {SHAPES}, got {shape!r}")
-    if shape != "symmetric" and rng is None: raise ValueError(f"neighbourhood: the {shape} shape is random, pass rng=np.random.default_rng(seed)")
+    if shape != "symmetric" and rng is None:
+        raise ValueError(f"neighbourhood: the {shape} shape is random, pass rng=np.random.default_rng(seed)")
     lo,hi = max(0., s - margin_s),min(duration_s, e + margin_s)
     if shape == "asymmetric":
         left,right = rng.uniform(0, max(reach_s, e - s), 2)
@@ -40,7 +41,8 @@ def _inside(span, duration_s):
     if not duration_s > 0: raise ValueError(f"duration_s must be above 0, got {duration_s}")
     spans = as_spans(span, "masks")
     s,e = (max(0., float(spans[:,0].min())),min(duration_s, float(spans[:,1].max()))) if len(spans) else (0., 0.)
-    if not s < e: raise ValueError(f"a span needs start < end within the video of {duration_s} s, got {np.asarray(span).tolist()}")
+    if not s < e:
+        raise ValueError(f"a span needs start < end within the {duration_s} s of video, got {np.asarray(span).tolist()}")
     return s,e
 
 # %% ../nbs/11_masks.ipynb #c45fb7ed
@@ -69,7 +71,7 @@ def centre_guess(
     mid,half = sum(keep)/2,min(length_s, keep[1] - keep[0])/2
     return mid - half,mid + half
 
-# %% ../nbs/11_masks.ipynb #5182b631
+# %% ../nbs/11_masks.ipynb #36836696
 def hidden_frames(
     frame_ts, # [T] seconds of each frame
     keep, # (lo, hi) seconds that stay visible
@@ -89,7 +91,8 @@ def blank_frames(
     "Frames inside the span: the opposite of keeping a window"
     t = np.asarray(frame_ts, float)[:,None]
     spans = as_spans(span, "blank_frames")
-    if (bad := ~(spans[:,0] <= spans[:,1])).any(): raise ValueError(f"blank_frames: a span needs start <= end, got {spans[bad][0]}")
+    if (bad := ~(spans[:,0] <= spans[:,1])).any():
+        raise ValueError(f"blank_frames: a span needs start <= end, got {spans[bad][0]}")
     return ((t >= spans[:,0] - margin_s - 1e-6) & (t <= spans[:,1] + margin_s + 1e-6)).any(1)
 
 # %% ../nbs/11_masks.ipynb #1ff3657a
@@ -117,7 +120,7 @@ def _blur(frame):
     for axis in (0, 1, 0, 1): x = _box(x, max(1, frame.shape[axis]//6), axis)
     return x.round().clip(0, 255).astype(np.uint8)
 
-# %% ../nbs/11_masks.ipynb #32dfb369
+# %% ../nbs/11_masks.ipynb #65d106e7
 def fill_frames(
     frames, # [T,H,W,3] uint8
     hidden, # [T] bool, True where hidden
@@ -126,10 +129,11 @@ def fill_frames(
 ): # [T,H,W,3] uint8, a copy
     "Frames with the hidden ones replaced in place"
     frames,hidden = np.asarray(frames),np.asarray(hidden, bool)
-    if frames.ndim != 4 or frames.dtype != np.uint8 or hidden.shape != frames.shape[:1]:
-        raise ValueError(f"fill_frames: expected [T,H,W,3] uint8 and [T] bool, got {frames.shape} {frames.dtype} and {hidden.shape}")
+    if frames.ndim != 4 or frames.dtype != np.uint8 or hidden.shape != frames.shape[:1]: raise ValueError(
+        f"fill_frames: expected [T,H,W,3] uint8 and [T] bool, got {frames.shape} {frames.dtype} and {hidden.shape}")
     if fill not in FILLS: raise ValueError(f"fill_frames: fill must be one of {FILLS}, got {fill!r}")
-    if fill == "noise" and rng is None: raise ValueError("fill_frames: noise is random, pass rng=np.random.default_rng(seed)")
+    if fill == "noise" and rng is None:
+        raise ValueError("fill_frames: noise is random, pass rng=np.random.default_rng(seed)")
     out = frames.copy()
     if fill == "mean": out[hidden] = frames.mean((0,1,2)).round().astype(np.uint8)
     elif fill == "black": out[hidden] = 0

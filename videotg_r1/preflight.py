@@ -103,7 +103,7 @@ def ram_gb()->float: # memory that can still be taken
     try: return next(int(o.split()[1]) for o in Path("/proc/meminfo").read_text().splitlines() if o.startswith("MemAvailable"))/2**20
     except (FileNotFoundError, StopIteration): return 0.
 
-# %% ../nbs/81_preflight.ipynb #ab01570e
+# %% ../nbs/81_preflight.ipynb #3ff3f499
 def visual_tokens(
     frames:dict, # FrameSpec fields that are given
     model:str, # its name, for its defaults
@@ -114,14 +114,15 @@ def visual_tokens(
     return frames.get("total_pixels", 3584*factor**2)//factor**2//2
 
 def memory_need(
-    job, # Job of a training stage, parameters resolved
+    job, # Job, parameters resolved
+    cpu:bool=False, # 32-bit weights instead of 16
 )->tuple: # (GB, how it came about)
     "Memory that a stage needs"
     p, n = job.params, parameters_of(job.params["model"])
     s = p.get(p.get("method", ""), {}) if job.stage == "train" else {}
     trained = job.stage in ("train", "ablation", "data_efficiency") and not s.get("lora_r")
     tokens = visual_tokens(p.get("frames", {}), p["model"]) + 200
-    weights, acts = n*(16 if trained else 2)/1e9, tokens*40*2e3/1e9*s.get("prompts_per_step", s.get("batch_size", 8))/s.get("grad_accum", 1)
+    weights, acts = n*(16 if trained else 4 if cpu else 2)/1e9, tokens*40*2e3/1e9*s.get("prompts_per_step", s.get("batch_size", 8))/s.get("grad_accum", 1)
     return weights + acts + .5, f"{n/1e9:.3g} G parameters {'trained' if trained else 'with adapters or frozen'}, {tokens} tokens a prompt"
 
 # %% ../nbs/81_preflight.ipynb #af0e5cd7
@@ -162,7 +163,7 @@ def duration_text(
     "A time in words"
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds/60:.0f} min" if seconds < 7200 else f"{seconds/3600:.1f} h"
 
-# %% ../nbs/81_preflight.ipynb #ea852867
+# %% ../nbs/81_preflight.ipynb #7ee5ecb2
 def sizes(
     prepare:dict, # parameters of the prepare stage
 )->tuple: # (training samples, held-out samples); 0 where unknown
@@ -190,8 +191,11 @@ def estimates(
     cards, out = gpus(), []
     cpu = not cards or any(j.params.get("device") == "cpu" for j in jobs)
     have = ram_gb() if cpu else min(g for _,g in cards)
-    rows = [(*memory_need(j), j.name) for j in jobs if "model" in j.params]
+    rows = [(*memory_need(j, cpu), j.name) for j in jobs if "model" in j.params]
+    if not rows: return []
     need, how, name = max(rows)
+    if cpu and max(parameters_of(j.params["model"]) for j in jobs if "model" in j.params) > 1e9:
+        return [Finding("missing", "memory", f"no GPU here, and this run needs one with about {need:.0f} GB for {name} ({how})")]
     kind = "memory" if cpu else f"GPU memory on {cards[0][0]}"
     text = f"about {need:.1f} GB for {name} ({how}), {have:.0f} GB {kind} here"
     out.append(Finding("missing" if need > have else "ok", "memory", text + ("; take adapters (lora_r, freeze_vision) or a larger card" if need > have else "")))

@@ -25,14 +25,14 @@ from .policy import encode
 from .prompts import elsewhere_prompt, exists_prompt, parse_answer, vtg_prompt
 from .spans import clip_spans, iop_matrix, is_span, t_iou_matrix
 
-# %% ../nbs/40_reflection.ipynb #385fe7b7
+# %% ../nbs/40_reflection.ipynb #cdbf50a1
 @settings
 class ReflectConfig:
     "How reflection looks, and what it concludes"
     evidence: Literal["blanked", "proposals", "both"] = "blanked" # what the score is made of
     ask: Literal["elsewhere", "vtg"] = "elsewhere" # prompt for proposals: every time ("none" allowed), or one time
     k: int = 4 # answers asked for on the blanked video; 0: no proposals
-    propose_from: float = 0. # proposals are asked for only where p_outside is at least this, in [0,1]
+    propose_from: float = .5 # proposals are asked for only where p_outside is at least this, in [0,1]; 0: always
     temperature: float = 1. # of those answers
     top_p: float = 1. # of those answers
     max_new_tokens: int = 64 # of each of those answers
@@ -42,9 +42,10 @@ class ReflectConfig:
     cluster_iou: float = .5 # answers at least this close, in tIoU, are one proposal
     inside_share: float = .5 # answers with more than this share inside the blanked part are not proposals
     max_proposals: int = 3 # proposals that are verified, those with most votes first
-    floor_annotated: float = .2 # p_annotated counts as at least this when p_event is set in proportion to it
+    relative: bool = False # proposals are judged by p_event over p_annotated instead of p_event
+    floor_annotated: float = .2 # relative: p_annotated counts as at least this
     min_annotated: float = .2 # below it the model cannot see the event even where annotated: undecided
-    alpha: float = .1 # share of false alarms on known negatives that sets the threshold, in (0,1)
+    alpha: float = .2 # share of false alarms on known negatives that sets the threshold, in (0,1)
     calibrate_n: int = 200 # known negatives asked about, at most one a sample
     negatives: Literal["near", "random"] = "near" # queries of other videos: closest in words, or any
     threshold: float | None = None # a fixed threshold on the score instead of calibration
@@ -163,14 +164,14 @@ def look(
     return [dict(p_outside=round(p[i], 4), p_annotated=round(p[n + i], 4), proposals=found.get(i, []),
                  compute=cost[i].to_dict()) for i in range(n)]
 
-# %% ../nbs/40_reflection.ipynb #bc9a8c85
+# %% ../nbs/40_reflection.ipynb #384756c7
 def score(
     seen:dict, # one result of `look`
-    cfg:ReflectConfig, # `evidence`, `floor_annotated`
-): # float in [0,1], high: the event happens outside
+    cfg:ReflectConfig, # `evidence`, `relative`, `floor_annotated`
+): # float, high: the event happens outside; in [0,1] unless relative
     "Evidence that the event happens outside its annotation"
     top = max((o["p_event"] for o in seen["proposals"]), default=0.)
-    verified = min(1., top/max(seen["p_annotated"], cfg.floor_annotated))
+    verified = top/max(seen["p_annotated"], cfg.floor_annotated) if cfg.relative else top
     return {"blanked": seen["p_outside"], "proposals": verified, "both": (seen["p_outside"] + verified)/2}[cfg.evidence]
 
 # %% ../nbs/40_reflection.ipynb #5d50cfdc

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TITLES', 'CSP', 'STYLE', 'SECTIONS', 'MIND', 'big', 'read_stage', 'read_run', 'result_rows', 'seed_of', 'agents_of',
-           'ledger_rows', 'provenance_of', 'facts', 'shares', 'claim', 'not_working', 'shares_over_one', 'figures',
-           'history_of', 'efficiency_curve', 'example_figures', 'read_ledger_or_rows', 'frames_of', 'esc', 'html_table',
-           'html_figure', 'tables', 'md_table', 'how_to', 'page', 'readme', 'build_report', 'public']
+           'ledger_rows', 'main_row', 'compared_rows', 'provenance_of', 'facts', 'shares', 'claim', 'not_working',
+           'shares_over_one', 'figures', 'history_of', 'efficiency_curve', 'example_figures', 'read_ledger_or_rows',
+           'frames_of', 'esc', 'html_table', 'html_figure', 'tables', 'md_table', 'how_to', 'page', 'readme',
+           'build_report', 'public']
 
 # %% ../nbs/71_report.ipynb #e5015449
 import base64
@@ -107,7 +108,34 @@ def ledger_rows(
     order = list(TITLES)
     return sorted(out, key=lambda r: order.index(r["key"]) if r["key"] in order else 99)
 
-# %% ../nbs/71_report.ipynb #d7c853ad
+# %% ../nbs/71_report.ipynb #6c20e4d5
+def main_row(
+    stages:dict, # as of `read_run`
+    key:str, # a variant of the train stage
+    name:str, # what to call it
+)->dict|None: # in the form of a result of `run_variant`; None if it was not run
+    "A main run as a row of a comparison"
+    train, judged = stages.get(f"train-{key}"), stages.get(f"evaluate-{key}")
+    if not train or not judged: return None
+    m = train["metrics"]
+    return dict(name=name, method=m["method"], pool=m["pool"], n=m["n"], steps=m["steps"], ious=read_jsonl(judged["folder"]/"scores.jsonl"),
+                **{k: judged["metrics"][k] for k in ("mIoU", "lo", "hi")})
+
+def compared_rows(
+    stages:dict, # as of `read_run`
+    part:str, # ablation or data_efficiency
+)->list: # rows of `run_variant` and fitting main runs, each with `vs_first`
+    "A comparison, with the main runs that belong to it"
+    rows = json.loads((stages[part]["folder"]/"results.json").read_text())
+    name = lambda key, way: f"{way}_{100*stages[f'train-{key}']['metrics']['n']/stages['prepare']['metrics']['train_samples']:.0f}"
+    mains = {"ablation": {"videotg_r1": "all parts"}, "data_efficiency": {"grpo": "random", "videotg_r1": "VideoTG-R1"}}[part]
+    more = [main_row(stages, k, name(k, way) if part == "data_efficiency" else way) for k,way in mains.items() if f"train-{k}" in stages]
+    asked = {r["qid"] for r in rows[0]["ious"]}
+    rows = [r for r in more if r and r["steps"] == rows[0]["steps"] and {o["qid"] for o in r["ious"]} == asked] + rows
+    for r in rows: r["vs_first"] = difference(r["ious"], rows[0]["ious"])
+    return [{k: v for k,v in r.items() if k != "ious"} for r in rows]
+
+# %% ../nbs/71_report.ipynb #6b4cf9ad
 def provenance_of(
     stages:dict, # as of `read_run`
 )->dict: # commit, dirty, versions, machine, gpu, command, seeds, wall_s, mixed
@@ -129,16 +157,13 @@ def facts(
     if not any(k.startswith("evaluate-") for k in stages):
         raise ValueError(f"report: {run_dir} holds no finished evaluation: run `vtg run` to its end first")
     metrics = lambda k: stages[k]["metrics"] if k in stages else None
-    compared = {k: json.loads((stages[k]["folder"]/"results.json").read_text()) for k in ("ablation", "data_efficiency") if k in stages}
-    for rows in compared.values():
-        for r in rows: r["vs_first"] = difference(r["ious"], rows[0]["ious"])
-        for r in rows: r.pop("ious")
+    compared = {k: compared_rows(stages, k) for k in ("ablation", "data_efficiency") if k in stages}
     out = dict(run=config["run"], made=time.strftime("%Y-%m-%d"), prepare=metrics("prepare"), results=result_rows(stages),
                reflect=metrics("reflect"), estimate=metrics("estimate"), select=metrics("select"), **compared,
                ledger=ledger_rows(stages), provenance=provenance_of(stages))
     return out | dict(claim=claim(out), failed=not_working(out))
 
-# %% ../nbs/71_report.ipynb #67469091
+# %% ../nbs/71_report.ipynb #2f80ae08
 def shares(
     rows, # as of `ledger_rows`
     key, # a variant
@@ -164,6 +189,7 @@ def claim(
         text += f", {ours['vs_grpo']['words']} against GRPO." if "vs_grpo" in ours else "."
     return text + " One training run each: the intervals are over held-out videos, not over seeds."
 
+# %% ../nbs/71_report.ipynb #c1e1fd6e
 def not_working(
     f:dict, # facts without this list
 )->list: # sentences
@@ -264,19 +290,19 @@ def frames_of(
     except VideoError: return None, None
     return clip.frames, clip.frame_ts
 
-# %% ../nbs/71_report.ipynb #0bd62a4a
+# %% ../nbs/71_report.ipynb #4aab880c
 CSP = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2733; --soft: #5b6875; --line: #dfe4ea; --page: #fff; --card: #f6f8fa; --mark: #1d6fa5 }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ed; --soft: #a2adb8; --line: #38424d; --page: #14191f; --card: #1d242c; --mark: #7cc0ee } }
-body { margin: 0 auto; padding: 2rem 1.2rem 5rem; max-width: 56rem; font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page) }
+body { margin: 0 auto; padding: 2rem 1.2rem 5rem; max-width: 66rem; font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page) }
 h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem }
 .claim { font-size: 1.12rem; border-left: 4px solid var(--mark); padding: .2rem 0 .2rem 1rem; margin: 1.2rem 0 }
 .soft, figcaption, caption { color: var(--soft); font-size: .9rem } caption { text-align: left; padding: .3rem 0 }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; margin: .6rem 0 }
 th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; vertical-align: top }
-th:first-child, td:first-child, td.text { text-align: left } td.text { white-space: normal; min-width: 14rem } thead th { border-bottom: 2px solid var(--line) }
-figure { margin: 1.2rem 0; padding: .8rem; background: var(--card); border-radius: 8px } figure img { max-width: 100%; background: #fff; border-radius: 4px; display: block }
+th:first-child, td:first-child, .text { text-align: left } td.text { white-space: normal; min-width: 12rem } thead th { border-bottom: 2px solid var(--line) }
+figure { width: fit-content; max-width: 96%; margin: 1.2rem 0; padding: .8rem; background: var(--card); border-radius: 8px } figure img { max-width: 100%; background: #fff; border-radius: 4px; display: block }
 code, pre { font: .88rem/1.5 ui-monospace, monospace; background: var(--card); border-radius: 4px } code { padding: .1rem .3rem } pre { padding: .8rem; overflow-x: auto }
 """
 
@@ -292,10 +318,11 @@ def html_table(
     note="", # below the table
 )->str: # html
     "A table; cells with words are set to the left"
-    cell = lambda i,c: f'<td class="text">{esc(c)}</td>' if i and any(ch == " " for ch in str(c)) and len(str(c)) > 24 else f"<td>{esc(c)}</td>"
-    body = "".join("<tr>" + "".join(cell(i, c) for i,c in enumerate(r)) + "</tr>" for r in rows)
-    return (f'<div class="wide"><table>{"<caption>" + esc(note) + "</caption>" if note else ""}<thead><tr>'
-            + "".join(f"<th>{esc(h)}</th>" for h in head) + f"</tr></thead><tbody>{body}</tbody></table></div>")
+    wordy = {i for r in rows for i,c in enumerate(r) if i and len(str(c)) > 24}
+    cell = lambda tag, i, c: f'<{tag} class="text">{esc(c)}</{tag}>' if i in wordy else f"<{tag}>{esc(c)}</{tag}>"
+    line = lambda tag, cells: "<tr>" + "".join(cell(tag, i, c) for i,c in enumerate(cells)) + "</tr>"
+    return (f'<div class="wide"><table>{"<caption>" + esc(note) + "</caption>" if note else ""}'
+            f'<thead>{line("th", head)}</thead><tbody>{"".join(line("td", r) for r in rows)}</tbody></table></div>')
 
 def html_figure(
     png:bytes, # the picture
@@ -305,16 +332,16 @@ def html_figure(
     data = base64.b64encode(png).decode()
     return f'<figure><img alt="{esc(caption)}" src="data:image/png;base64,{data}"><figcaption>{esc(caption)}</figcaption></figure>'
 
-# %% ../nbs/71_report.ipynb #2ccc9b7c
+# %% ../nbs/71_report.ipynb #62596de1
 def tables(
     f:dict, # facts
 )->dict: # name -> (head, rows, note)
     "Every table of a report"
     num = lambda x: "-" if x is None else f"{x:.3f}"
-    out = {}
-    out["results"] = (["", "n", "R1@0.3", "R1@0.5", "R1@0.7", "mIoU", "95 % interval", "against zero-shot", "against GRPO"],
+    out, against = {}, {k: name for k,name in (("vs_base", "against zero-shot"), ("vs_grpo", "against GRPO")) if any(k in r for r in f["results"])}
+    out["results"] = (["", "n", "R1@0.3", "R1@0.5", "R1@0.7", "mIoU", "95 % interval", *against.values()],
         [[r["name"], r["n"], *(num(r.get(f"R1@{m}")) for m in ("0.3", "0.5", "0.7")), num(r["mIoU"]), f"[{num(r['lo'])}, {num(r['hi'])}]",
-          *(r[k]["words"] if k in r else "" for k in ("vs_base", "vs_grpo"))] for r in f["results"]],
+          *(r[k]["words"] if k in r else "" for k in against)] for r in f["results"]],
         "Held-out queries; one training run each (seed in metrics.json). Differences are paired by query and resampled by video.")
     s = {r["key"]: shares(f["ledger"], r["key"]) for r in f["ledger"]}
     out["compute"] = (["", "different samples", "steps", "sample passes", "tokens generated", "FLOPs", "of that, agents", "seconds", "FLOPs, share of GRPO's"],
@@ -329,8 +356,8 @@ def tables(
     b, e = f.get("reflect") or {}, f.get("estimate") or {}
     agents = [["samples looked at", b.get("n")], ["discarded as partially annotated", b.get("flagged")], ["undecided", b.get("undecided")]]
     if "auc" in b: agents += [["planted", b["planted"]], ["AUC of the score", num(b["auc"])], ["precision of discarding", num(b["precision"])], ["recall", num(b["recall"])]]
-    if b: out["reflect"] = ["reflection (BRA)", ""], agents, "The planted truth is read by this report only."
-    if e: out["estimate"] = ["difficulty (DEA)", ""], [[k.replace("_", " "), num(v) if isinstance(v, float) else v] for k,v in e.items()], ""
+    if b: out["reflect"] = ["reflection (BRA)", ""], agents, "The planted truth is read after the agent is done, to score it; no agent sees it." if "auc" in b else ""
+    if e: out["estimate"] = ["difficulty (DEA)", ""], [[k.replace("_", " "), num(v) if isinstance(v, float) else "-" if v is None else v] for k,v in e.items()], ""
     return out
 
 def md_table(

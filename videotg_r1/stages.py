@@ -548,7 +548,7 @@ class Job:
 SECTIONS = ("run", "shared", "prepare", "reflect", "estimate", "select", "train", "evaluate", "ablation",
             "data_efficiency", "report")
 
-# %% ../nbs/80_stages.ipynb #99ce7c32
+# %% ../nbs/80_stages.ipynb #99c04192
 def run_folder(
     root, # where the runs are
     run:str, # name of the run
@@ -559,7 +559,8 @@ def run_folder(
     return str(path.relative_to(repo_path())) if path.is_relative_to(repo_path()) else str(path)
 
 def wired(
-    declared, # parameters that the stage has
+    stage:str, # name of the stage
+    declared, # parameters that it has
     given:dict, # parameters of the job
     config:dict, # the whole params file
 )->dict: # parameter -> name of the stage it is read from, and the file
@@ -568,7 +569,7 @@ def wired(
     if given.get("pool", "all") == "all" and "pool" in declared: out.pop("pools_dir", None) # all samples: no selection to wait for
     if given.get("method") == "sft": out.pop("difficulties", None)
     if (config.get("prepare") or {}).get("source", "synthetic") != "synthetic": out.pop("truth", None) # nobody planted one
-    return {k: v for k,v in out.items() if config.get(v[0]) is not None}
+    return {k: v for k,v in out.items() if config.get(v[0]) is not None and v[0] != stage}
 
 def make_job(
     name, # stage, or stage-variant
@@ -581,11 +582,11 @@ def make_job(
     stage, run = name.split("-")[0], config["run"]
     declared = stage_params(stage_notebook(stage))
     params = {k: v for k,v in (config.get("shared") or {}).items() if k in declared} | given | (extra or {})
-    reads = wired(declared, params, config)
+    reads = wired(stage, declared, params, config)
     if "cache_dir" in declared: params.setdefault("cache_dir", run_folder(root, run, "cache"))
     params |= {k: "" for k in WIRES if k in declared and k not in params} # never a default of the smoke run
     params |= {k: run_folder(root, run, source) + file for k,(source, file) in reads.items()}
-    return Job(name, stage, params, tuple(sorted({source for source,_ in reads.values()} - {stage})))
+    return Job(name, stage, params, tuple(sorted({source for source,_ in reads.values()})))
 
 # %% ../nbs/80_stages.ipynb #3bc2661a
 def check_run(
@@ -697,10 +698,10 @@ def run_jobs(
     if broken: raise StageError("\n".join(broken))
     return done
 
-# %% ../nbs/80_stages.ipynb #7c2a6071
+# %% ../nbs/80_stages.ipynb #6d021e81
 def run_all(
     params, # params file, or what it holds
-    jobs:int=1, # stages at once; 2 on 2 cores
+    jobs:int=0, # stages at once; 0: one where a GPU is used, else one for each core, 4 at most
     force:bool=False, # replace results of other parameters
     only="", # names of jobs to run, by commas; empty runs all
     root="runs", # where run folders go
@@ -708,15 +709,16 @@ def run_all(
     say=print, # called with a line for the reader
 )->Path|None: # the report's folder; None without a report section
     "Run every stage of a params file and write its report; call it again to go on"
-    import papermill # noqa: F401 (loaded once, before the jobs are forked)
     config = params if isinstance(params, dict) else load_params(params)
     plan = plan_run(config, root)
     if only:
-        names = [j.name for j in plan]
-        for o in only.split(","):
+        names, chosen = [j.name for j in plan], only.split(",")
+        for o in chosen:
             if o not in names: raise ValueError(f"run_all: no job {o!r}{nearest(o, names)}; known: {', '.join(names)}")
-        plan = [Job(j.name, j.stage, j.params, ()) for j in plan if j.name in only.split(",")]
-    done = run_jobs(plan, config, root, jobs, force, say)
+        plan = [Job(j.name, j.stage, j.params, tuple(n for n in j.needs if n in chosen)) for j in plan if j.name in chosen]
+    import papermill # noqa: F401 (loaded once, before the jobs are forked)
+    on_gpu = gpu_name() and (config.get("shared") or {}).get("device") != "cpu"
+    done = run_jobs(plan, config, root, jobs or (1 if on_gpu else min(os.cpu_count() or 1, 4)), force, say)
     if only or config.get("report") is None: return None
     out = repo_path(reports)/config["run"]
     if set(done.values()) == {"skipped"} and (out/"index.html").is_file(): return out

@@ -84,7 +84,7 @@ def read_pool(
     if first > len(out): raise ValueError(f"read_pool: first={first} samples asked of pool {pool!r} with {len(out)}")
     return sorted(out, key=lambda s: fingerprint(s.qid))[:first] if first else out
 
-# %% ../nbs/61_variants.ipynb #3b134235
+# %% ../nbs/61_variants.ipynb #48cf94f0
 def fit(
     method:str, # sft or grpo
     policy, # Policy to train, changed in place
@@ -100,7 +100,7 @@ def fit(
     if method == "sft":
         if curriculum: raise ValueError("fit: a curriculum masks videos for grpo, and method is sft: leave it empty")
         from videotg_r1.sft import SFTSettings, train_sft
-        return train_sft(policy, samples, from_params(SFTSettings, given), out_dir, spec=spec, cache=cache)
+        return train_sft(policy, samples, from_params(SFTSettings, given), out_dir, frame_spec=spec, cache=cache)
     if method != "grpo": raise ValueError(f"fit: method must be sft or grpo, got {method!r}")
     from videotg_r1.curriculum import Curriculum, CurriculumConfig
     from videotg_r1.grpo import GRPOSettings, train_grpo
