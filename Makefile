@@ -3,6 +3,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 JOBS ?= 2
+ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 
@@ -20,10 +21,11 @@ venv: $(STAMP)  ## .venv with the pinned requirements
 
 $(STAMP): settings.ini constraints.txt setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-		echo "videotg_r1 needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>&1 || echo not there):" \
+		echo "videotg_r1 needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo not there):" \
 			"try 'make PYTHON=python3.11 $(MAKECMDGOALS)'" >&2; exit 1; }
 	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv
-	$(BIN)/python -m pip install --disable-pip-version-check -q -c constraints.txt -e '.[dev]'
+	@echo "installing the pinned requirements into .venv: about 1.5 GB, some minutes"
+	@$(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt -e '.[dev]'
 	@touch $@
 
 quickstart: $(STAMP)  ## the whole method on two CPU cores; ends with reports/quickstart/index.html
@@ -32,8 +34,8 @@ quickstart: $(STAMP)  ## the whole method on two CPU cores; ends with reports/qu
 test: $(STAMP)  ## export and clean change nothing, ruff, every notebook, then pytest
 	@$(OFFLINE) bash .ci/gate $(BIN)
 
-lab: $(STAMP)  ## JupyterLab on this folder; notebooks are cleaned on save
-	JUPYTER_CONFIG_DIR="$(CURDIR)/.jupyter" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)"
+lab: $(STAMP)  ## JupyterLab on this folder, with ARGS; notebooks are cleaned on save
+	JUPYTER_CONFIG_DIR="$(CURDIR)/.jupyter" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 clean:  ## removes runs and caches; keeps .venv and reports
 	rm -rf runs .cache build *.egg-info .pytest_cache .ruff_cache

@@ -249,7 +249,7 @@ def history_of(
     path = stage["folder"]/"training/history.jsonl"
     return read_jsonl(path) if path.is_file() else []
 
-# %% ../nbs/71_report.ipynb #c37fc4ad
+# %% ../nbs/71_report.ipynb #601a47df
 def efficiency_curve(
     f:dict, # facts with data_efficiency
 ): # matplotlib figure
@@ -267,7 +267,8 @@ def example_figures(
     "The first held-out queries of different videos, with every model's answer"
     path, out = stages["prepare"]["folder"]/"heldout.jsonl", {}
     samples = list({s.vid: s for s in reversed(read_samples(path))}.values())[::-1][:n]
-    answers = {k: {p["qid"]: p["spans"] for p in read_ledger_or_rows(s["folder"]/"predictions.jsonl")} for k,s in stages.items() if k.startswith("evaluate-")}
+    order = sorted((k for k in stages if k.startswith("evaluate-")), key=lambda k: [*TITLES, k[9:]].index(k[9:]))
+    answers = {k: {p["qid"]: p["spans"] for p in read_ledger_or_rows(stages[k]["folder"]/"predictions.jsonl")} for k in order}
     for i,s in enumerate(samples, 1):
         tracks = {"true": s.spans} | {TITLES.get(k[9:], k[9:]): a.get(s.qid, []) for k,a in answers.items()}
         out[f"example_{i}"] = timeline(s.duration_s, tracks, *frames_of(s), title=s.query), "Not chosen: one of the first videos of the held-out set."
@@ -332,7 +333,7 @@ def html_figure(
     data = base64.b64encode(png).decode()
     return f'<figure><img alt="{esc(caption)}" src="data:image/png;base64,{data}"><figcaption>{esc(caption)}</figcaption></figure>'
 
-# %% ../nbs/71_report.ipynb #62596de1
+# %% ../nbs/71_report.ipynb #502951d3
 def tables(
     f:dict, # facts
 )->dict: # name -> (head, rows, note)
@@ -344,10 +345,11 @@ def tables(
           *(r[k]["words"] if k in r else "" for k in against)] for r in f["results"]],
         "Held-out queries; one training run each (seed in metrics.json). Differences are paired by query and resampled by video.")
     s = {r["key"]: shares(f["ledger"], r["key"]) for r in f["ledger"]}
-    out["compute"] = (["", "different samples", "steps", "sample passes", "tokens generated", "FLOPs", "of that, agents", "seconds", "FLOPs, share of GRPO's"],
+    out["compute"] = (["", "samples", "steps", "prompts", "tokens out", "FLOPs", "agents' part", "seconds", "share of GRPO's"],
         [[r["name"], r["n"], r["steps"], big(r["total"]["samples"]), big(r["total"]["generated_tokens"]), big(r["total"]["flops"]),
           big(r["total"]["flops"] - r["own"]["flops"]), f"{r['total']['seconds']:.0f}", f"{s[r['key']][1]:.0%}" if s[r["key"]] else "-"] for r in f["ledger"]],
-        "Training with the passes of the agents that it needed. FLOPs are counted from token numbers and model sizes, seconds are wall time.")
+        "Training with the passes of the agents that it needed: different samples trained on, prompts passed, tokens generated, FLOPs counted from token "
+        "numbers and model sizes, wall time, and FLOPs as a share of those of GRPO on all samples.")
     for part in ("ablation", "data_efficiency"):
         if not f.get(part): continue
         out[part] = (["", "method", "pool", "samples", "steps", "mIoU", "95 % interval", f"against {f[part][0]['name']}"],

@@ -588,7 +588,7 @@ def make_job(
     params |= {k: run_folder(root, run, source) + file for k,(source, file) in reads.items()}
     return Job(name, stage, params, tuple(sorted({source for source,_ in reads.values()})))
 
-# %% ../nbs/80_stages.ipynb #3bc2661a
+# %% ../nbs/80_stages.ipynb #4a2db776
 def check_run(
     config:dict, # a params file
 )->dict: # the same
@@ -622,8 +622,8 @@ def plan_run(
             own = make_job(f"evaluate-{job.name.split('-')[1]}", config["evaluate"], config, root,
                            dict(model=run_folder(root, config["run"], job.name) + "/training/final"))
             judge.append(Job(own.name, own.stage, own.params, own.needs + (job.name,)))
-    for job in once + train + late + judge: check_params(stage_notebook(job.stage), job.params)
-    return once + train + late + judge
+    for job in once + train + judge + late: check_params(stage_notebook(job.stage), job.params)
+    return once + train + judge + late
 
 # %% ../nbs/80_stages.ipynb #46316931
 def work(
