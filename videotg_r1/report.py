@@ -333,7 +333,7 @@ def html_figure(
     data = base64.b64encode(png).decode()
     return f'<figure><img alt="{esc(caption)}" src="data:image/png;base64,{data}"><figcaption>{esc(caption)}</figcaption></figure>'
 
-# %% ../nbs/71_report.ipynb #502951d3
+# %% ../nbs/71_report.ipynb #a669ec97
 def tables(
     f:dict, # facts
 )->dict: # name -> (head, rows, note)
@@ -368,7 +368,7 @@ def md_table(
     note="", # below the table
 )->str: # markdown
     "The same table for the README"
-    safe = lambda c: esc(one_line(c, 200)).replace("|", "&#124;")
+    safe = lambda c: html.escape(one_line(c, 200), quote=False).replace("|", "&#124;")
     line = lambda cells: "| " + " | ".join(map(safe, cells)) + " |"
     return "\n".join([line(head), "|" + "---|"*len(head), *map(line, rows)]) + (f"\n\n{note}" if note else "") + "\n"
 
@@ -396,7 +396,7 @@ def how_to(
         f"time      {p['wall_s']:.0f} s of stages, {p['stages']} stages; peak memory of one {p['peak_rss_gb']:.2f} GB"]
         + (["note      stages ran different versions of the code: --force runs all anew"] if p["mixed"] else []))
 
-# %% ../nbs/71_report.ipynb #13258453
+# %% ../nbs/71_report.ipynb #621ade48
 def page(
     f:dict, # facts
     pictures:dict, # name -> (png bytes, caption)
@@ -420,9 +420,9 @@ def readme(
     "The report as a README"
     t, parts = tables(f), [f"# {f['run']}\n\n{f['claim']}\n"]
     for title, names, figs, text in SECTIONS:
-        body = [md_table(*t[n]) for n in names if n in t] + [f"![{esc(pictures[n][1])}](figures/{n}.png)\n" for n in figs if n in pictures]
+        body = [md_table(*t[n]) for n in names if n in t] + [f"![{html.escape(pictures[n][1], quote=False)}](figures/{n}.png)\n" for n in figs if n in pictures]
         if body: parts += [f"## {title}\n", *([text + "\n"] if text else []), *body]
-    failed = "\n".join(f"- {esc(o)}" for o in f["failed"]) or "- Nothing in this run."
+    failed = "\n".join(f"- {html.escape(o, quote=False)}" for o in f["failed"]) or "- Nothing in this run."
     return "\n".join([*parts, f"## What did not work\n\n{failed}\n", f"## What would change our mind\n\n{MIND}\n", f"## How to do it again\n\n```\n{how_to(f)}\n```\n"])
 
 # %% ../nbs/71_report.ipynb #e0d09742
