@@ -189,3 +189,18 @@ def test_small_fixtures():
     size = sum(p.stat().st_size for p in (ROOT/"tests/data").rglob("*") if p.is_file())
     assert size < 200_000, f"tests/data holds {size} bytes"
     for p in NOTEBOOKS: assert p.stat().st_size < 500_000, f"{p.name} holds {p.stat().st_size} bytes"
+
+
+def test_readme_numbers_are_those_of_the_report():
+    text = (ROOT/"README.md").read_text()
+    facts = json.loads((ROOT/"reports/2026-11-22_quickstart/metrics.json").read_text())
+    assert [r["name"] for r in facts["results"]][:2] == ["query-blind", "zero-shot"]
+    for r in facts["results"]:
+        row = next(line for line in text.splitlines() if line.startswith(f"| {r['name']} |"))
+        said = (r.get("vs_base") or {}).get("words", "")
+        assert row == f"| {r['name']} | {r['mIoU']:.3f} | [{r['lo']:.3f}, {r['hi']:.3f}] | {r['R1@0.5']:.3f} | {said} |"
+
+
+def test_committed_reports_are_small():
+    for folder in (p for p in (ROOT/"reports").glob("20*") if p.is_dir()):
+        assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 500_000, folder.name

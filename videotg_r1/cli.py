@@ -73,7 +73,7 @@ def preflight(
     for o in found: say(f"{o.level:8}{o.what:12} {o.text}")
     return int(any(o.level == "missing" for o in found))
 
-# %% ../nbs/82_cli.ipynb #7e25657e
+# %% ../nbs/82_cli.ipynb #ef606e18
 def ground(
     args, # video, query, model, out, device, frames
 )->int: # exit code
@@ -88,7 +88,7 @@ def ground(
     out = Path(args.out or f"{Path(args.video).stem}_timeline.png")
     lib("plots").timeline(clip.duration_s, {"predicted": spans}, clip.frames, clip.frame_ts, args.query, out)
     for s,e in spans: say(f"{s:.1f} to {e:.1f} s")
-    if not spans: say(f"no span in the answer {raw!r}")
+    if not spans: say(f"no span within the video's {clip.duration_s:.1f} s in the answer {raw!r}")
     say(f"timeline: {out}")
     return 0
 

@@ -6,8 +6,8 @@
 __all__ = ['TITLES', 'CSP', 'STYLE', 'SECTIONS', 'MIND', 'big', 'read_stage', 'read_run', 'result_rows', 'seed_of', 'agents_of',
            'ledger_rows', 'main_row', 'compared_rows', 'provenance_of', 'facts', 'shares', 'claim', 'not_working',
            'shares_over_one', 'figures', 'history_of', 'efficiency_curve', 'example_figures', 'read_ledger_or_rows',
-           'frames_of', 'esc', 'html_table', 'html_figure', 'tables', 'md_table', 'how_to', 'page', 'readme',
-           'build_report', 'public']
+           'frames_of', 'esc', 'html_table', 'html_figure', 'tables', 'md_table', 'seeds_text', 'how_to', 'page',
+           'readme', 'build_report', 'public']
 
 # %% ../nbs/71_report.ipynb #e5015449
 import base64
@@ -135,7 +135,7 @@ def compared_rows(
     for r in rows: r["vs_first"] = difference(r["ious"], rows[0]["ious"])
     return [{k: v for k,v in r.items() if k != "ious"} for r in rows]
 
-# %% ../nbs/71_report.ipynb #6b4cf9ad
+# %% ../nbs/71_report.ipynb #8d2b9ea1
 def provenance_of(
     stages:dict, # as of `read_run`
 )->dict: # commit, dirty, versions, machine, gpu, command, seeds, wall_s, mixed
@@ -143,7 +143,7 @@ def provenance_of(
     runs = [s["run"] for s in stages.values()]
     last = max(runs, key=lambda r: r["attempts"][-1]["started"])
     wall = sum(a["wall_s"] or 0 for r in runs for a in r["attempts"])
-    seeds = {k: v for s in stages.values() for k,v in s["run"].get("seeds", {}).items()}
+    seeds = {f"{name} {k}": v for name,s in stages.items() for k,v in s["run"].get("seeds", {}).items()}
     return dict({k: last.get(k) for k in ("commit", "dirty", "versions", "python", "machine", "gpu", "command")}, seeds=seeds,
                 wall_s=round(wall, 1), stages=len(stages), mixed=len({s["code"] for s in stages.values()}) > 1,
                 peak_rss_gb=max(s["compute"].get("peak_rss_gb", 0) for s in stages.values()))
@@ -372,7 +372,7 @@ def md_table(
     line = lambda cells: "| " + " | ".join(map(safe, cells)) + " |"
     return "\n".join([line(head), "|" + "---|"*len(head), *map(line, rows)]) + (f"\n\n{note}" if note else "") + "\n"
 
-# %% ../nbs/71_report.ipynb #137c5df5
+# %% ../nbs/71_report.ipynb #2bfab2ac
 SECTIONS = (
     ("Results", ("results",), ("results", "training"), ""),
     ("What the agents found", ("reflect", "estimate"), ("difficulty",), ""),
@@ -384,6 +384,15 @@ SECTIONS = (
 MIND = ("More seeds: the intervals here are over held-out videos of one training run, and runs differ among themselves. "
         "A real set: the moving-shapes world has one kind of event and one kind of annotation error.")
 
+def seeds_text(
+    seeds:dict, # stage and setting -> seed
+)->str:
+    "The seeds of a run in a line"
+    if not seeds: return "none recorded"
+    usual = max(set(seeds.values()), key=list(seeds.values()).count, default=0)
+    other = [f"{k} {v}" for k,v in seeds.items() if v != usual]
+    return f"{usual} in all {len(seeds)} places" if not other else f"{usual}, but " + ", ".join(other)
+
 def how_to(
     f:dict, # facts
 )->str: # plain text
@@ -392,7 +401,7 @@ def how_to(
     versions = ", ".join(f"{k} {v}" for k,v in (p["versions"] or {}).items() if v)
     return "\n".join([p["command"] or "", "", f"commit    {p['commit'] or 'none'}{' with uncommitted changes' if p['dirty'] else ''}",
         f"machine   {p['machine']}, {p['gpu'] or 'no GPU'}, Python {p['python']}", f"versions  {versions}",
-        f"seeds     {', '.join(f'{k} {v}' for k,v in p['seeds'].items()) or 'in params.json of each stage'}",
+        f"seeds     {seeds_text(p['seeds'])}",
         f"time      {p['wall_s']:.0f} s of stages, {p['stages']} stages; peak memory of one {p['peak_rss_gb']:.2f} GB"]
         + (["note      stages ran different versions of the code: --force runs all anew"] if p["mixed"] else []))
 

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['WIRES', 'NO_INPUT', 'GUARD', 'SECTIONS', 'stage_notebook', 'nearest', 'Param', 'parameters_cell', 'stage_params',
-           'plain', 'fit_type', 'settings_fields', 'check_settings', 'check_params', 'file_sha', 'read_success',
-           'input_id', 'stage_identity', 'guarded', 'die_with_parent', 'locked', 'StageError', 'trim_outputs',
-           'cell_states', 'stage_engine', 'kernel_env', 'execute', 'provenance', 'code_sha', 'gpu_name', 'finish',
-           'write_json', 'read_json', 'outputs_of', 'damaged', 'close_attempts', 'stage_state', 'prepare_dir',
-           'check_inputs', 'run_stage', 'record_start', 'record_end', 'Job', 'run_folder', 'wired', 'make_job',
-           'check_run', 'plan_run', 'work', 'Running', 'start', 'run_jobs', 'run_all']
+           'plain', 'fit_type', 'settings_fields', 'settings_given', 'check_settings', 'check_params', 'seeds_of',
+           'file_sha', 'read_success', 'input_id', 'stage_identity', 'guarded', 'die_with_parent', 'locked',
+           'StageError', 'trim_outputs', 'cell_states', 'stage_engine', 'kernel_env', 'execute', 'provenance',
+           'code_sha', 'gpu_name', 'finish', 'write_json', 'read_json', 'outputs_of', 'damaged', 'close_attempts',
+           'stage_state', 'prepare_dir', 'check_inputs', 'run_stage', 'record_start', 'record_end', 'Job', 'run_folder',
+           'wired', 'make_job', 'check_run', 'plan_run', 'work', 'Running', 'start', 'run_jobs', 'run_all']
 
 # %% ../nbs/80_stages.ipynb #5c8d750f
 import ast
@@ -118,17 +118,30 @@ def fit_type(
             except ValueError: pass
     raise ValueError(f"{name}: expected {kind.__name__} as in the default {default!r}, got {value!r} ({type(value).__name__})")
 
-# %% ../nbs/80_stages.ipynb #52a8b022
+# %% ../nbs/80_stages.ipynb #bf111d09
 def settings_fields(
     where:str, # `module.Class`
-)->tuple: # names of its fields
-    "Field names of a settings class, read without importing its module"
+)->dict: # name of each field -> its default as it stands in the source; None where there is none
+    "Fields of a settings class, read without importing its module"
     module, cls = where.split(".")
     tree = ast.parse((Path(videotg_r1.__file__).parent/f"{module}.py").read_text())
     classes = {n.name: n for n in tree.body if isinstance(n, ast.ClassDef)}
-    own = tuple(n.target.id for n in classes[cls].body if isinstance(n, ast.AnnAssign))
+    own = {n.target.id: n.value and ast.unparse(n.value) for n in classes[cls].body if isinstance(n, ast.AnnAssign)}
     bases = [b.id for b in classes[cls].bases if isinstance(b, ast.Name) and b.id in classes]
-    return sum((settings_fields(f"{module}.{b}") for b in bases), own)
+    return own | {k: v for b in bases for k,v in settings_fields(f"{module}.{b}").items()}
+
+def settings_given(
+    name, # of a parameter
+    value:dict, # what it holds
+    note:str, # the comment behind it, which names the class: `module.Class`, or `-> module.Class` for groups of them
+)->list: # (name of the settings, fields of their class, values given) for each; empty where the comment names none
+    "The settings that a parameter holds"
+    m = re.search(r"(->\s*)?\b([a-z_]+\.[A-Z]\w+)", note)
+    if not m: return []
+    groups = [(f"{name}.{k}", v) for k,v in value.items()] if m[1] else [(name, value)]
+    for k,v in groups:
+        if not isinstance(v, dict): raise ValueError(f"{k}: expected settings of {m[2]}, got {v!r}")
+    return [(k, settings_fields(m[2]), v) for k,v in groups]
 
 def check_settings(
     name, # of the parameter, for the message
@@ -136,13 +149,9 @@ def check_settings(
     note:str, # the comment behind the parameter
 )->None: # raises ValueError
     "Refuse a settings dict with a name that its class does not have"
-    m = re.search(r"(->\s*)?\b([a-z_]+\.[A-Z]\w+)", note)
-    if not m: return
-    known = settings_fields(m[2])
-    for group, given in (value.items() if m[1] else [("", value)]):
-        if not isinstance(given, dict): raise ValueError(f"{name}.{group}: expected settings of {m[2]}, got {given!r}")
+    for who, known, given in settings_given(name, value, note):
         for key in given:
-            if key not in known: raise ValueError(f"{name}: {m[2]} has no {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+            if key not in known: raise ValueError(f"{who}: its settings have no {key!r}{nearest(key, known)}; known: {', '.join(known)}")
 
 # %% ../nbs/80_stages.ipynb #5cca8a8d
 def check_params(
@@ -157,6 +166,18 @@ def check_params(
     out = {k: fit_type(f"{name}: {k}", params.get(k, p.default), p.default) for k,p in known.items()}
     for k,p in known.items():
         if isinstance(out[k], dict): check_settings(f"{name}: {k}", out[k], p.help)
+    return out
+
+# %% ../nbs/80_stages.ipynb #a1a6b6a2
+def seeds_of(
+    notebook, # path of a stage notebook
+    params:dict, # its resolved parameters
+)->dict: # e.g. {"grpo.seed": 0}
+    "All seeds that a stage may use"
+    known, out = stage_params(notebook), {k: v for k,v in params.items() if k == "seed"}
+    for k,v in params.items():
+        for who, fields, given in settings_given(k, v, known[k].help) if isinstance(v, dict) else []:
+            if "seed" in fields: out[f"{who}.seed"] = given.get("seed", int(fields["seed"]))
     return out
 
 # %% ../nbs/80_stages.ipynb #52ead240
@@ -482,7 +503,7 @@ def check_inputs(
             source = re.search(r"{(\w+)}", WIRES[k])[1]
             raise ValueError(f"{name}: {k} is {params[k]}, which is not there: run stage {source!r} first")
 
-# %% ../nbs/80_stages.ipynb #02c76f9d
+# %% ../nbs/80_stages.ipynb #019e0bb2
 def run_stage(
     stage, # name of a stage, or path of a notebook
     params:dict, # values for its parameters cell
@@ -503,7 +524,7 @@ def run_stage(
         if "run_dir" in resolved: resolved["run_dir"] = str(run_dir)
         write_json(run_dir/"params.json", resolved)
         write_json(run_dir/"identity.json", identity)
-        attempt = record_start(run_dir, resolved)
+        attempt = record_start(run_dir, seeds_of(notebook, resolved))
         try: execute(notebook, resolved, run_dir/f"{name}.ipynb", mark, timeout_s)
         except BaseException as e:
             record_end(run_dir, attempt, getattr(e, "status", "killed"))
@@ -512,16 +533,15 @@ def run_stage(
         write_json(run_dir/"SUCCESS", dict(key=identity["key"], code=code_sha(), outputs=outputs_of(run_dir)))
     return "ok"
 
-# %% ../nbs/80_stages.ipynb #ea177a13
+# %% ../nbs/80_stages.ipynb #298c8c01
 def record_start(
     run_dir, # run folder
-    params:dict, # resolved parameters
+    seeds:dict, # of `seeds_of`
 )->float: # when the attempt started
     "Open an attempt in run.json"
     old = read_json(Path(run_dir)/"run.json", {})
     attempt = dict(started=time.time(), status="running", wall_s=None)
-    run = dict(provenance(), seeds={k: v for k,v in params.items() if "seed" in k},
-               attempts=close_attempts(old.get("attempts", [])) + [attempt])
+    run = dict(provenance(), seeds=seeds, attempts=close_attempts(old.get("attempts", [])) + [attempt])
     write_json(Path(run_dir)/"run.json", run)
     return attempt["started"]
 
