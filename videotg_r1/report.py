@@ -372,7 +372,7 @@ def md_table(
     line = lambda cells: "| " + " | ".join(map(safe, cells)) + " |"
     return "\n".join([line(head), "|" + "---|"*len(head), *map(line, rows)]) + (f"\n\n{note}" if note else "") + "\n"
 
-# %% ../nbs/71_report.ipynb #2bfab2ac
+# %% ../nbs/71_report.ipynb #a03d956b
 SECTIONS = (
     ("Results", ("results",), ("results", "training"), ""),
     ("What the agents found", ("reflect", "estimate"), ("difficulty",), ""),
@@ -389,7 +389,7 @@ def seeds_text(
 )->str:
     "The seeds of a run in a line"
     if not seeds: return "none recorded"
-    usual = max(set(seeds.values()), key=list(seeds.values()).count, default=0)
+    usual = max(set(seeds.values()), key=list(seeds.values()).count)
     other = [f"{k} {v}" for k,v in seeds.items() if v != usual]
     return f"{usual} in all {len(seeds)} places" if not other else f"{usual}, but " + ", ".join(other)
 

@@ -118,7 +118,7 @@ def fit_type(
             except ValueError: pass
     raise ValueError(f"{name}: expected {kind.__name__} as in the default {default!r}, got {value!r} ({type(value).__name__})")
 
-# %% ../nbs/80_stages.ipynb #bf111d09
+# %% ../nbs/80_stages.ipynb #31dec6bc
 def settings_fields(
     where:str, # `module.Class`
 )->dict: # name of each field -> its default as it stands in the source; None where there is none
@@ -134,14 +134,14 @@ def settings_given(
     name, # of a parameter
     value:dict, # what it holds
     note:str, # the comment behind it, which names the class: `module.Class`, or `-> module.Class` for groups of them
-)->list: # (name of the settings, fields of their class, values given) for each; empty where the comment names none
+)->list: # (name of the settings, `module.Class`, values given) for each; empty where the comment names none
     "The settings that a parameter holds"
     m = re.search(r"(->\s*)?\b([a-z_]+\.[A-Z]\w+)", note)
     if not m: return []
     groups = [(f"{name}.{k}", v) for k,v in value.items()] if m[1] else [(name, value)]
     for k,v in groups:
         if not isinstance(v, dict): raise ValueError(f"{k}: expected settings of {m[2]}, got {v!r}")
-    return [(k, settings_fields(m[2]), v) for k,v in groups]
+    return [(k, m[2], v) for k,v in groups]
 
 def check_settings(
     name, # of the parameter, for the message
@@ -149,9 +149,10 @@ def check_settings(
     note:str, # the comment behind the parameter
 )->None: # raises ValueError
     "Refuse a settings dict with a name that its class does not have"
-    for who, known, given in settings_given(name, value, note):
+    for who, cls, given in settings_given(name, value, note):
+        known = settings_fields(cls)
         for key in given:
-            if key not in known: raise ValueError(f"{who}: its settings have no {key!r}{nearest(key, known)}; known: {', '.join(known)}")
+            if key not in known: raise ValueError(f"{who}: {cls} has no {key!r}{nearest(key, known)}; known: {', '.join(known)}")
 
 # %% ../nbs/80_stages.ipynb #5cca8a8d
 def check_params(
@@ -168,7 +169,7 @@ def check_params(
         if isinstance(out[k], dict): check_settings(f"{name}: {k}", out[k], p.help)
     return out
 
-# %% ../nbs/80_stages.ipynb #a1a6b6a2
+# %% ../nbs/80_stages.ipynb #0f192f0c
 def seeds_of(
     notebook, # path of a stage notebook
     params:dict, # its resolved parameters
@@ -176,8 +177,8 @@ def seeds_of(
     "All seeds that a stage may use"
     known, out = stage_params(notebook), {k: v for k,v in params.items() if k == "seed"}
     for k,v in params.items():
-        for who, fields, given in settings_given(k, v, known[k].help) if isinstance(v, dict) else []:
-            if "seed" in fields: out[f"{who}.seed"] = given.get("seed", int(fields["seed"]))
+        for who, cls, given in settings_given(k, v, known[k].help) if isinstance(v, dict) else []:
+            if "seed" in (fields := settings_fields(cls)): out[f"{who}.seed"] = given.get("seed", int(fields["seed"]))
     return out
 
 # %% ../nbs/80_stages.ipynb #52ead240
