@@ -230,21 +230,23 @@ def stage_identity(
     out = dict(stage=stage, params=given, inputs=inputs)
     return dict(out, key=fingerprint(out))
 
-# %% ../nbs/80_stages.ipynb #94ac03ad
+# %% ../nbs/80_stages.ipynb #7f491fec
 GUARD = """
 import os, signal, sys, time
 mark = sys.argv[1].encode()
 sys.stdin.buffer.read() # ends when the owner of the stage ends
-for _ in range(200):
-    left = []
+end, quiet = time.time() + 5, 0
+while quiet < 3 and time.time() < end:
+    quiet += 1
     for pid in os.listdir('/proc'):
         if not pid.isdigit() or int(pid) == os.getpid(): continue
         try:
-            with open(f'/proc/{pid}/environ', 'rb') as f: hit = mark in f.read().split(b'\\0')
-            with open(f'/proc/{pid}/stat') as f: dead = f.read().rsplit(')', 1)[1].split()[0] == 'Z'
-            if hit and not dead: left.append(int(pid)); os.kill(int(pid), signal.SIGKILL)
+            with open(f'/proc/{pid}/stat') as f: state, parent = f.read().rsplit(')', 1)[1].split()[:2]
+            if state == 'Z' or '2' in (pid, parent): continue # ended, or a thread of the kernel
+            with open(f'/proc/{pid}/environ', 'rb') as f: env = f.read()
+            if mark in env.split(b'\\0'): quiet = 0; os.kill(int(pid), signal.SIGKILL)
+            elif not env and time.time() < end - 4: quiet = 0 # just starting, its environment not yet there: look again
         except OSError: pass
-    if not left: break
     time.sleep(.02)
 """
 
