@@ -54,13 +54,13 @@ def test_floors_0_to_2_load_no_torch():
 
 
 def test_rewards_import_is_quick_and_light():
-    code = "import sys, time; t = time.perf_counter(); import videotg_r1.rewards; print(time.perf_counter() - t); print(sorted({'torch', 'pydantic', 'pandas', 'matplotlib'} & set(sys.modules)))"
+    code = "import sys, time; t = time.process_time(); import videotg_r1.rewards; print(time.process_time() - t); print(sorted({'torch', 'pydantic', 'pandas', 'matplotlib'} & set(sys.modules)))"
     best = 9.
     for _ in range(3):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.splitlines()
         best = min(best, float(out[0]))
         assert out[1] == "[]"
-    assert best < .5, f"import videotg_r1.rewards took {best:.2f} s, three times at least"
+    assert best < .5, f"import videotg_r1.rewards took {best:.2f} s of CPU, three times at least"
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
@@ -116,18 +116,25 @@ def test_params_pass_the_settings_classes(path):
     from videotg_r1.variants import Variant
     from videotg_r1.video import FrameSpec
     classes = dict(reflect=ReflectConfig, estimate=DifficultyConfig, evaluate=EvalConfig, ablation=EvalConfig, data_efficiency=EvalConfig)
+    built = []
+    def build(cls, given): built.append((from_params(cls, given), given))
     for j in plan_run(load_params(path)):
         p = j.params
-        if j.stage in classes: from_params(classes[j.stage], p.get("settings", {}))
-        if j.stage == "prepare" and "world" in p: from_params(WorldConfig, p["world"])
-        for o in p.get("pools", {}).values(): from_params(SelectConfig, o)
-        if p.get("frames"): from_params(FrameSpec, p["frames"])
-        if "grpo" in p: from_params(GRPOSettings, p["grpo"])
-        if "sft" in p: from_params(SFTSettings, p["sft"])
-        if p.get("curriculum"): from_params(CurriculumConfig, p["curriculum"])
+        if j.stage in classes: build(classes[j.stage], p.get("settings", {}))
+        if j.stage == "prepare" and "world" in p: build(WorldConfig, p["world"])
+        for o in p.get("pools", {}).values(): build(SelectConfig, o)
+        if p.get("frames"): build(FrameSpec, p["frames"])
+        if "grpo" in p: build(GRPOSettings, p["grpo"])
+        if "sft" in p: build(SFTSettings, p["sft"])
+        if p.get("curriculum"): build(CurriculumConfig, p["curriculum"])
         for o in p.get("variants", {}).values():
-            v = from_params(Variant, o)
-            if v.curriculum: from_params(CurriculumConfig, v.curriculum)
+            build(Variant, o)
+            if built[-1][0].curriculum: build(CurriculumConfig, built[-1][0].curriculum)
+    assert {"ReflectConfig", "DifficultyConfig", "EvalConfig"} <= {type(cfg).__name__ for cfg, _ in built}
+    for cfg, given in built:
+        for name, value in given.items():
+            got = getattr(cfg, name)
+            assert (list(got) if isinstance(got, tuple) else got) == value or float(got) == float(value), f"{type(cfg).__name__}.{name}"
 
 
 @pytest.mark.parametrize("path", [p for p in PARAMS if p.stem not in ("smoke", "quickstart")], ids=lambda p: p.stem)
@@ -168,7 +175,8 @@ TEXT = [p for pattern in ("*.md", "*.ini", "*.toml", "*.txt", "Makefile", ".ci/*
 
 
 def test_no_paths_of_somebodys_machine():
-    bad = re.compile(r"/home/\w+|/Users/\w+|/root/|/work/(?:main|shared|scratch)|C:\\\\Users")
+    here = [re.escape(str(p)) + r"(?![\w-])" for p in (Path.home(), ROOT, ROOT.parent) if len(p.parts) > 1]
+    bad = re.compile("|".join([r"/home/\w+|/Users/\w+|/root/|C:\\\\Users", *here]))
     for p in TEXT:
         found = bad.search(p.read_text())
         assert not found, f"{p.relative_to(ROOT)}: {found[0]}"
