@@ -54,10 +54,11 @@ def clip_spans(
     a = true_spans(spans, "clip_spans").clip(0, duration_s)
     return a[a[:,1] > a[:,0]]
 
-# %% ../nbs/00_spans.ipynb #468822f5
+# %% ../nbs/00_spans.ipynb #0c3e1fb4
 def _tame(preds): return np.where(is_span(preds)[:,None], preds, 0.)
 def _length(a): return a[...,1] - a[...,0]
 def _overlap(a, b): return (np.minimum(a[...,1], b[...,1]) - np.maximum(a[...,0], b[...,0])).clip(0)
+def _hull(a, b): return np.maximum(a[...,1], b[...,1]) - np.minimum(a[...,0], b[...,0])
 
 def t_iou(
     preds, # [N,2] predicted spans, seconds
@@ -69,18 +70,16 @@ def t_iou(
         raise ValueError(f"t_iou: preds {p.shape} and gts {g.shape} must be row-aligned [N,2]; for all pairs use "
                          "t_iou_matrix")
     p = _tame(p)
-    inter = _overlap(p, g)
-    return inter / (_length(p) + _length(g) - inter)
+    return _overlap(p, g) / _hull(p, g)
 
-# %% ../nbs/00_spans.ipynb #72ff2f3d
+# %% ../nbs/00_spans.ipynb #98ae8b43
 def t_iou_matrix(
     a, # [N,2] predicted spans, seconds
     b, # [M,2] true spans, seconds (or predictions known to be spans)
 ): # [N,M] in [0,1]
     "Temporal IoU of every span of `a` with every span of `b`"
     p,g = _tame(as_spans(a, "t_iou_matrix"))[:,None], true_spans(b, "t_iou_matrix")[None]
-    inter = _overlap(p, g)
-    return inter / (_length(p) + _length(g) - inter)
+    return _overlap(p, g) / _hull(p, g)
 
 # %% ../nbs/00_spans.ipynb #040da90a
 def iop_matrix(
