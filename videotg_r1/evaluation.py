@@ -6,22 +6,23 @@
 __all__ = ['EvalConfig', 'as_prediction', 'predict', 'rows_of', 'score_one', 'sample_scores', 'score_columns', 'evaluate',
            'fit_query_blind', 'query_blind', 'compare_runs', 'comparison_table']
 
-# %% ../nbs/60_evaluation.ipynb #5d411028
+# %% ../nbs/60_evaluation.ipynb #c7cdfb5c
+import time
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 
-from .batches import ask_answers, clip_reader, is_existence, run_batches, sample_seed, task_prompt
+from .batches import ask_answers, check_fold, clip_reader, fold_of, is_existence, run_batches, sample_seed, task_prompt
 from .compute import Counts, model_shape
 from .config import settings
-from .ledger import read_ledger
+from .ledger import differences, read_ledger
 from .metrics import bootstrap, paired_difference, verdict
 from .policy import encode
 from .prompts import kind_of, parse_answer
 from .spans import clip_spans, iop_matrix, t_iou_matrix
 
-# %% ../nbs/60_evaluation.ipynb #e913a42f
+# %% ../nbs/60_evaluation.ipynb #e9679e26
 @settings
 class EvalConfig:
     "How a policy answers when it is judged"
@@ -35,10 +36,13 @@ class EvalConfig:
     batch_size: int = 8 # samples worked on together
     readers: int = 2 # videos read at the same time
     max_broken_share: float = .01 # share of samples whose video may be unreadable
+    fold_size: int = 1 # parts that the set is cut into, for as many processes
+    fold_index: int = 0 # which part this one works on, from 0
 
     def __post_init__(self):
         if self.max_new_tokens < 1:
             raise ValueError(f"EvalConfig.max_new_tokens must be at least 1, got {self.max_new_tokens}")
+        check_fold(self)
 
 # %% ../nbs/60_evaluation.ipynb #f3030f8a
 def as_prediction(
@@ -55,43 +59,53 @@ def as_prediction(
     return dict(qid=s.qid, raw=text, spans=[list(o) for o in p.spans], choice=p.choice, yes=None,
                 miss_reason=p.miss_reason or ("" if p.spans else "none"))
 
-# %% ../nbs/60_evaluation.ipynb #e2a99265
+# %% ../nbs/60_evaluation.ipynb #53e37a1d
 def predict(
     policy, # Policy
     samples, # list of `Sample`
     cfg:EvalConfig, # settings
-    ledger, # open Ledger; gets {qid, raw, spans, choice, yes, miss_reason, tokens, seconds, compute}
+    ledger, # open Ledger; gets {qid, raw, spans, choice, yes, miss_reason, tokens, seconds, latency_s, compute}
     frame_spec=None, # FrameSpec; None: the policy's own
     cache=None, # FrameCache or None
     read=None, # path -> Clip, instead of reading files
     progress:bool=True, # show a progress bar
 ): # Counts of all predictions
-    "Answer every sample once"
-    shape = model_shape(policy)
+    "Answer every sample of the part once, longest first"
+    shape, samples = model_shape(policy), fold_of(samples, cfg.fold_size, cfg.fold_index)
     def work(pairs):
+        start = time.perf_counter()
         encs = [encode(policy, c, task_prompt(s, cfg.think)) for s, c in pairs]
         texts, tokens, costs = ask_answers(policy, encs, 1, shape, greedy=cfg.greedy, temperature=cfg.temperature,
             top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens,
             seed=[sample_seed(cfg.seed, s.qid, "predict") for s, _ in pairs])
-        return [dict(as_prediction(s, t[0], cfg), tokens=n[0], seconds=round(c.seconds, 4),
+        latency_s = round(time.perf_counter() - start, 4)
+        return [dict(as_prediction(s, t[0], cfg), tokens=n[0], seconds=round(c.seconds, 4), latency_s=latency_s,
                      compute=(c + Counts(samples=1)).to_dict())
                 for (s, _), t, n, c in zip(pairs, texts, tokens, costs, strict=True)]
-    broken = lambda s, why: dict(qid=s.qid, raw="", spans=[], choice=None, yes=None, tokens=0, seconds=0.,
+    broken = lambda s, why: dict(qid=s.qid, raw="", spans=[], choice=None, yes=None, tokens=0, seconds=0., latency_s=0.,
                                  miss_reason=f"video could not be read: {why}")
     return run_batches(samples, work, broken, ledger, read or clip_reader(policy, frame_spec, cache), cfg.batch_size,
                        cfg.max_broken_share, cfg.readers, "predict", progress)
 
-# %% ../nbs/60_evaluation.ipynb #c5806b8c
+# %% ../nbs/60_evaluation.ipynb #757b56e9
 def rows_of(
-    predictions, # rows, or the path of their ledger
+    predictions, # rows, the path of their ledger, or the paths of the ledgers of all parts
 ): # list of rows
     "Predictions, wherever they are"
-    return read_ledger(predictions)[1] if isinstance(predictions, (str, Path)) else list(predictions)
+    if isinstance(predictions, (str, Path)): return read_ledger(predictions)[1]
+    predictions = list(predictions)
+    if not predictions or not isinstance(predictions[0], (str, Path)): return predictions
+    metas, rows = zip(*map(read_ledger, predictions), strict=True)
+    for path, meta in zip(predictions, metas, strict=True):
+        other = [o for o in differences(metas[0], meta) if not o.startswith("settings.fold_index:")]
+        if other: raise ValueError(f"rows_of: {path} was made under other settings than {predictions[0]} ({'; '.join(other)}): "
+                                   "parts of one set need the same ones, score the two apart")
+    return [r for part in rows for r in part]
 
 def score_one(
     s, # Sample
     p:dict, # its prediction
-): # {qid, vid, iou, iop, right, exists, miss_reason}; None where it does not apply
+): # {qid, vid, iou, iop, exists, right, gqa, miss_reason}; None where it does not apply
     "Score one answer"
     exists, first = is_existence(s), p["spans"][:1]
     if not exists and not s.spans:
@@ -100,12 +114,13 @@ def score_one(
         raise ValueError(f"evaluate: qid {s.qid} has options and no right answer: leave it out")
     said = {True: 0, False: 1}.get(p.get("yes")) if exists else p.get("choice")
     best = lambda matrix: None if exists else float(matrix(first, s.spans).max()) if first else 0.
-    return dict(qid=s.qid, vid=s.vid, iou=best(t_iou_matrix), iop=best(iop_matrix), exists=exists,
-                right=said == s.answer if s.options else None, miss_reason=p["miss_reason"])
+    right, iop = said == s.answer if s.options else None, best(iop_matrix)
+    return dict(qid=s.qid, vid=s.vid, iou=best(t_iou_matrix), iop=iop, exists=exists, right=right,
+                gqa=None if right is None or exists else right and iop >= .5, miss_reason=p["miss_reason"])
 
 def sample_scores(
     samples, # list of `Sample`
-    predictions, # prediction rows, or the path of their ledger
+    predictions, # prediction rows, the path of their ledger, or the paths of the ledgers of all parts
 ): # rows of `score_one`, row-aligned with `samples`
     "Score every sample"
     found = {}
@@ -114,7 +129,7 @@ def sample_scores(
         found[r["qid"]] = r
     return [score_one(s, found.get(s.qid, dict(spans=[], miss_reason="missing"))) for s in samples]
 
-# %% ../nbs/60_evaluation.ipynb #acfbbe7b
+# %% ../nbs/60_evaluation.ipynb #cb87993e
 def score_columns(
     scores, # rows of `sample_scores`
 ): # {metric: ([N'] values whose mean is the metric, [N'] videos they belong to)}
@@ -125,13 +140,13 @@ def score_columns(
     out = {f"R1@{m}": column(timed, lambda r, m=m: r["iou"] >= m) for m in (.3, .5, .7)}
     out |= {"mIoU": column(timed, lambda r: r["iou"]), "Acc@QA": column(quiz, lambda r: r["right"]),
             "Acc@IoU0.5": column(quiz, lambda r: r["right"] and r["iou"] >= .5),
-            "Acc@GQA": column(quiz, lambda r: r["right"] and r["iop"] >= .5),
+            "Acc@GQA": column(quiz, lambda r: r["gqa"]), "mIoP": column(quiz, lambda r: r["iop"]),
             "accuracy": column(asked, lambda r: r["right"])}
     return {k: v for k, v in out.items() if v[0]}
 
 def evaluate(
     samples, # list of `Sample`
-    predictions, # prediction rows, or the path of their ledger
+    predictions, # prediction rows, the path of their ledger, or the paths of the ledgers of all parts
     n_boot:int=2000, # resamples for the intervals
     seed:int=0, # of the resampling
 ): # {metrics, n, videos, intervals, misses, missing, ious, scores}; `ious` row-aligned with `samples`

@@ -113,34 +113,45 @@ def _split(text):
     if opened: return think, None, "cut"
     return think, rest.strip(), "bare"
 
-# %% ../nbs/20_prompts.ipynb #13db2f94
-_TIME = r"(?:(?:\d{1,2}:)?\d{1,3}:[0-5]\d|\d{1,7})(?:\.\d{1,9})?"
+# %% ../nbs/20_prompts.ipynb #9394535e
+_TIME = r"(?:(?:\d{1,2}:[0-5]?\d|\d{1,3}):[0-5]\d|\d{1,7})(?:\.\d{1,9})?"
 _UNIT = r"\s{0,3}(?:seconds?|secs?|s)?\s{0,3}"
 _BETWEEN = r"(?:-|–|—|~|to|and|until|till|through)\s{0,3}"
 _ALONE, _DONE = r"(?<![\w.:\-])(?<!\d,)", r"(?:\s{0,3}(?:seconds?|secs?|s))?(?![\w:]|[.,]\d)"
-_SPAN = re.compile(f"{_ALONE}({_TIME}){_UNIT}{_BETWEEN}({_TIME}){_DONE}", re.I | re.A)
-_CHOICE = re.compile(r"\(([A-Za-z])\)|([A-Za-z])(?=\s{0,3}(?:[,.:;)\d]|$))")
-_CHOICE_LATER = re.compile(r"\b(?:[Aa]nswer(?:\s{1,3}is)?|[Oo]ption|[Cc]hoice)[\s:]{1,3}\(?([A-Z])\b")
+_QUOTED = rf"[\"']?({_TIME}){_UNIT}[\"']?"
+_NAME = r"(?:[_ ](?:time|seconds?|secs?|s))?[\"']?\s{0,3}[:=]\s{0,3}"
+_SPAN = re.compile("|".join((f"{_ALONE}({_TIME}){_UNIT}{_BETWEEN}({_TIME}){_DONE}",
+                             rf"[\[(]\s{{0,9}}{_QUOTED}\s{{0,3}},\s{{0,9}}{_QUOTED}\s{{0,9}}[\])]",
+                             rf"\bstart{_NAME}{_QUOTED}\s{{0,3}}[,;]?\s{{0,9}}(?:and\s{{1,3}})?[\"']?"
+                             rf"end{_NAME}{_QUOTED}(?![\w:]|[.,]\d)")), re.I | re.A)
+_AROUND = re.compile(r"</?(?:time|timestep|timestamp|glue)>", re.I | re.A)
+_IN_A_ROW = re.compile(r"</(time|timestep|timestamp)>[\s,]{0,3}<\1>", re.I | re.A)
 _YES = re.compile(r"\W{0,3}(yes|no)\b", re.I | re.A)
 _NONE = re.compile(r"\W{0,3}(?:[A-Za-z]\s{0,3},\s{0,3})?none\b", re.I | re.A)
 
 def _seconds(time):
-    total = 0.
-    for part in time.split(":"): total = 60*total + float(part)
-    return total
+    (whole, _, part), total = time.partition("."), 0
+    for o in whole.split(":"): total = 60*total + int(o)
+    return float(f"{total}.{part}")
 
 def _read_spans(text):
     "Spans of a text, and whether one was backwards"
-    pairs = [(_seconds(a), _seconds(b)) for a,b in _SPAN.findall(text)]
+    if "<" in text: text = _AROUND.sub(" ", _IN_A_ROW.sub(" to ", text))
+    pairs = [tuple(_seconds(o) for o in m.groups() if o) for m in _SPAN.finditer(text)]
     spans = tuple((a, b) for a,b in pairs if a < b)
     return spans, len(spans) < len(pairs)
 
-# %% ../nbs/20_prompts.ipynb #aeff4365
+# %% ../nbs/20_prompts.ipynb #6d95e61d
+_ENDS = r"$|[:;)\]\d<]|[*\"'](?!\w)|\.(?![A-Za-z])|,(?!\s{0,3}[A-Za-z]\b)|[(\[]\s{0,3}\d"
+_FROM = r"\s{1,3}(?:[-–—]\s|(?:from|between)\b)"
+_CHOICE = re.compile(rf"[\s\"'*(\[]{{0,3}}([A-Za-z])(?=\s{{0,3}}(?:{_ENDS})|[ \t]{{0,3}}\n|{_FROM})")
+_THEN = r"\s{1,3}(?:from|at|between|because|is|since|and|as|in|with)\b"
+_CHOICE_LATER = re.compile(r"\b(?:answer|option|choice|ANSWER|Answer|Option|Choice)(?:\s{1,3}(?:is|option))?"
+                           rf"[\s\"':=*(\[]{{1,6}}([A-Z])(?=\s{{0,3}}(?:$|[^\s\w'-])|\s{{0,3}}\d|\n|{_THEN}|'(?!\w))")
+
 def _read_choice(text):
-    m = _CHOICE.match(text)
-    if m: return ord((m[1] or m[2]).upper()) - 65
-    m = _CHOICE_LATER.search(text)
-    return ord(m[1]) - 65 if m else None
+    m = _CHOICE.match(text) or _CHOICE_LATER.search(text)
+    return ord(m[1].upper()) - 65 if m else None
 
 def parse_answer(
     text, # a completion

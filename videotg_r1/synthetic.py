@@ -193,13 +193,14 @@ def write_video(
     write_mp4(tmp, frames, fps, crf=30, preset="ultrafast")
     tmp.replace(path)
 
-# %% ../nbs/13_synthetic.ipynb #01eafd30
+# %% ../nbs/13_synthetic.ipynb #176b0fca
 @settings
 class WorldConfig:
     "The synthetic data set: sizes, shares and the seed"
     train_videos:int=320 # videos of the training pool, one query each
     heldout_videos:int=200 # videos that are only ever evaluated on
     heldout_queries:int=2 # queries a held-out video (at most 2: every scene has two events)
+    ask:str="grounding" # what train and heldout ask: grounding, or questions, one with four options a video
     partial_share:float=.5 # share of training queries whose event happens twice while one time is annotated
     loose_share:float=0. # share of training annotations widened by up to 30 % of the span on each side
     max_events:int=8 # most events in a scene
@@ -209,8 +210,11 @@ class WorldConfig:
     seed:int=0 # scenes, noise, annotations
 
     def __post_init__(self):
+        for k, least in dict(train_videos=0, heldout_videos=0, max_events=1, seed=0).items():
+            if not least <= getattr(self, k) <= 10**9: raise ValueError(f"WorldConfig.{k} must be at least {least}, got {getattr(self, k)}")
         for k in ("partial_share", "loose_share"):
             if not 0 <= getattr(self, k) <= 1: raise ValueError(f"WorldConfig.{k} must be in [0,1], got {getattr(self, k)}")
+        if self.ask not in ("grounding", "questions"): raise ValueError(f"WorldConfig.ask must be grounding or questions, got {self.ask!r}")
         if self.heldout_queries not in (1, 2): raise ValueError(f"WorldConfig.heldout_queries must be 1 or 2, got {self.heldout_queries}")
         if len(self.durations) != len(self.duration_weights):
             raise ValueError(f"WorldConfig: {len(self.durations)} durations need as many duration_weights, got {len(self.duration_weights)}")
@@ -254,7 +258,7 @@ def _rows(cfg, split, i, folder):
         truths.append(dict(qid=qid, spans=sorted(every), hardness=round(float(scene["hardness"][0]), 4), partial=twice and k == 0))
     return samples, truths, scene
 
-# %% ../nbs/13_synthetic.ipynb #6804b1f1
+# %% ../nbs/13_synthetic.ipynb #20c5dfdd
 def _absent(rng, scene, concept, n):
     "`n` concepts that do not happen in a scene, each one attribute away from `concept`"
     here, out = set(scene["concept"][0, :int(scene["n"][0])].tolist()), []
@@ -268,8 +272,8 @@ def _absent(rng, scene, concept, n):
 QUESTION = "Which of these happens?"
 
 def _questions(cfg, i, sample, scene):
-    "One multiple-choice and one yes/no sample for the target of a held-out video"
-    rng = np.random.default_rng([cfg.seed, 3, i])
+    "One multiple-choice and one yes/no sample for the target of a video"
+    rng = np.random.default_rng([cfg.seed, {"train": 4, "heldout": 3}[sample.split], i])
     target = int(scene["concept"][0, 0])
     options = [target, *_absent(rng, scene, target, 3)]
     order = rng.permutation(4)
@@ -281,11 +285,12 @@ def _questions(cfg, i, sample, scene):
               spans=base["spans"] if yes else [])
     return Sample.from_dict(qa), Sample.from_dict(ex)
 
-# %% ../nbs/13_synthetic.ipynb #3b20de3a
+# %% ../nbs/13_synthetic.ipynb #f22a87ff
 def make_world(
     cfg:WorldConfig,
     folder, # where to write; videos that are already there are kept
     workers:int=2, # threads that render
+    progress:bool=True, # show a bar
 )->dict: # name -> path of every file written
     "Render the synthetic data set: videos first, annotations last, so that an annotation file means a whole set"
     folder = Path(folder).absolute()
@@ -296,19 +301,19 @@ def make_world(
     write_atomic(stamp, mine)
     sizes = dict(train=cfg.train_videos, heldout=cfg.heldout_videos)
     jobs = [(cfg, split, i, folder/"videos"/f"{split}_{i:05d}.mp4") for split, n in sizes.items() for i in range(n)]
-    _run(jobs, workers)
+    _run(jobs, workers, progress)
     return _annotate(cfg, folder, sizes)
 
-# %% ../nbs/13_synthetic.ipynb #d2243df4
-def _run(jobs, workers):
+# %% ../nbs/13_synthetic.ipynb #4daaa0f3
+def _run(jobs, workers, progress):
     "Render in threads (the encoder runs outside the interpreter lock), with a progress bar"
     from tqdm.auto import tqdm
     jobs = [o for o in jobs if not o[3].exists()]
     if workers < 2 or len(jobs) < 8:
-        for o in tqdm(jobs, desc="render", mininterval=1, disable=not jobs): _render_one(o)
+        for o in tqdm(jobs, desc="render", mininterval=1, disable=not (jobs and progress)): _render_one(o)
         return
     with ThreadPoolExecutor(workers) as pool:
-        for _ in tqdm(pool.map(_render_one, jobs), total=len(jobs), desc="render", mininterval=1): pass
+        for _ in tqdm(pool.map(_render_one, jobs), total=len(jobs), desc="render", mininterval=1, disable=not progress): pass
 
 def _annotate(cfg, folder, sizes):
     "Write the annotation files and the truth"
@@ -316,11 +321,11 @@ def _annotate(cfg, folder, sizes):
     for split, n in sizes.items():
         for i in range(n):
             samples, truth, scene = _rows(cfg, split, i, folder)
+            qa, ex = _questions(cfg, i, samples[0], scene)
+            if cfg.ask == "questions": samples, truth = [qa], [dict(truth[0], qid=qa.qid)]
             sets[split] += samples
             truths += truth
-            if split == "heldout":
-                qa, ex = _questions(cfg, i, samples[0], scene)
-                sets["heldout_qa"].append(qa); sets["heldout_exists"].append(ex)
+            if split == "heldout": sets["heldout_qa"].append(qa); sets["heldout_exists"].append(ex)
     out = {k: folder/f"{k}.jsonl" for k in (*sets, "truth")}
     for k, v in sets.items(): write_samples(out[k], v)
     write_jsonl(out["truth"], truths)
