@@ -6,7 +6,7 @@
 __all__ = ['SFTSettings', 'check_settings', 'target_text', 'with_answer', 'Collator', 'VideoSFT', 'sft_trainer_class', 'sft_args',
            'train_sft']
 
-# %% ../nbs/50_sft.ipynb #376e4232
+# %% ../nbs/50_sft.ipynb #ae436870
 from functools import cache, partial
 
 from fastcore.basics import patch
@@ -18,8 +18,10 @@ from .policy import collate, encode, save_policy, unwrap
 from .policy import frame_spec as policy_frames
 from .prompts import format_answer
 from .records import Sample
+from .trackers import check_tracker
 from videotg_r1.training import (
     RunTrainer,
+    check_context,
     check_trl,
     common_args,
     lora_config,
@@ -33,7 +35,7 @@ from videotg_r1.training import (
     world_size,
 )
 
-# %% ../nbs/50_sft.ipynb #7ca7414a
+# %% ../nbs/50_sft.ipynb #8199a1b7
 @settings
 class SFTSettings:
     "All choices of a supervised run"
@@ -60,11 +62,12 @@ class SFTSettings:
     lora_dropout:float = 0. # in the adapters
     seed:int = 0 # order of samples, adapters
     save_steps:int = 50 # steps between checkpoints; 0: none
-    keep_checkpoints:int = 1 # newest ones kept; above 1 also after the end
+    keep_checkpoints:int = 2 # newest ones kept; above 2 also after the end
     logging_steps:int = 1 # steps between rows of the history
+    report_to:str = "none" # send the history's rows to tensorboard, wandb or trackio as well
     def __post_init__(self): check_settings(self)
 
-# %% ../nbs/50_sft.ipynb #4c67b48f
+# %% ../nbs/50_sft.ipynb #53326d5d
 def check_settings(
     cfg, # SFTSettings or GRPOSettings
 ): # None
@@ -75,10 +78,13 @@ def check_settings(
     for k in ("steps", "grad_accum", "keep_checkpoints", "logging_steps"):
         need(getattr(cfg, k) >= 1, f"{k} must be at least 1, got {getattr(cfg, k)}")
     for k in ("save_steps", "warmup_steps", "lora_r"): need(getattr(cfg, k) >= 0, f"{k} must be 0 or more, got {getattr(cfg, k)}")
+    need(cfg.save_steps % cfg.logging_steps == 0, f"save_steps must be a multiple of logging_steps={cfg.logging_steps}, got {cfg.save_steps}: a "
+         "resumed run could not log the mean over steps from before")
     need(cfg.lr > 0, f"lr must be positive, got {cfg.lr}")
     schedules = ("linear", "cosine", "constant", "constant_with_warmup")
     need(cfg.schedule in schedules, f"schedule must be one of {schedules}, got {cfg.schedule!r}")
     need(cfg.precision in ("fp32", "bf16"), f"precision must be fp32 or bf16, got {cfg.precision!r}")
+    check_tracker(cfg.report_to, f"{who}.report_to")
     need(not cfg.lora_r or cfg.freeze_vision, f"freeze_vision must be true with lora_r={cfg.lora_r}: adapters sit on the "
          "language model only; set freeze_vision=True or lora_r=0")
 
@@ -106,7 +112,7 @@ def with_answer(
                    position_ids=torch.cat([encoded.position_ids, more.expand(3, -1)], 1))
     return full, torch.cat([torch.full((n,), -100), ids])
 
-# %% ../nbs/50_sft.ipynb #e5495230
+# %% ../nbs/50_sft.ipynb #e3521e8d
 class Collator:
     "Rows of qids to a batch"
     def __init__(self,
@@ -124,6 +130,7 @@ class Collator:
         p, tok = self.policy, self.policy.tokenizer
         enc = encode(p, read_sample(s, self.spec, self.cache), task_prompt(s, think=self.cfg.think))
         ids = tok(target_text(s, self.cfg.digits), add_special_tokens=False).input_ids + [tok.eos_token_id]
+        check_context(p, s.qid, len(enc), len(ids))
         cost = dict(samples=1, prompt_tokens=len(enc), visual_tokens=enc.n_video_tokens, target_tokens=len(ids),
                     flops=float(flops(self.shape, len(enc), [len(ids)], len(enc.pixel_values), int(enc.grid_thw[0][1:].prod()),
                                       train=True, checkpointing=self.cfg.gradient_checkpointing,
@@ -179,7 +186,7 @@ def sft_args(
         packing=False, padding_free=False, max_length=None, completion_only_loss=False, assistant_only_loss=False,
         activation_offloading=False, dataset_kwargs={"skip_prepare_dataset": True})
 
-# %% ../nbs/50_sft.ipynb #073f28c7
+# %% ../nbs/50_sft.ipynb #c096613e
 def train_sft(
     policy, # Policy to train, changed in place
     samples, # list of Sample with spans
@@ -188,7 +195,8 @@ def train_sft(
     frame_spec=None, # FrameSpec; None: the policy's own
     cache=None, # FrameCache
     progress:bool=True, # show a bar
-): # dict: kind, steps, seconds, tokens, compute, last, history, final, resumed_from, n, fingerprint
+    accept=(), # settings that may differ from what the run began with, e.g. "settings.lr"
+): # dict: kind, steps, seconds, tokens, compute, last, history, final, resumed_from, damaged, n, fingerprint
     "Fine-tune on annotated answers, or go on with it"
     check_trl()
     spec = policy_frames(policy) if frame_spec is None else frame_spec
@@ -202,4 +210,4 @@ def train_sft(
         qids = [samples[i].qid for i in prompt_order(len(samples), cfg.steps*cfg.batch_size, cfg.seed)]
         return sft_trainer_class()(model=model, args=args, train_dataset=Dataset.from_dict({"qid": qids}),
                                    data_collator=collator, processing_class=policy.tokenizer, peft_config=lora_config(cfg))
-    return train_run(policy, cfg, out_dir, meta, build, partial(save_policy, policy), progress, ("loss", "mean_token_accuracy"))
+    return train_run(policy, cfg, out_dir, meta, build, partial(save_policy, policy), progress, ("loss", "mean_token_accuracy"), accept)
