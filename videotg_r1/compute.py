@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ModelShape', 'model_shape', 'text_flops', 'vision_flops', 'flops', 'Counts', 'prompt_cost', 'total_cost']
 
-# %% ../nbs/33_compute.ipynb #682820ed
+# %% ../nbs/33_compute.ipynb #5561167a
 from dataclasses import asdict, dataclass, fields
+from functools import singledispatch
 
 # %% ../nbs/33_compute.ipynb #2bc81923
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class ModelShape:
     window_patches: int # patches in one window of the other blocks
     merge: int=4 # patches that make one visual token
 
-# %% ../nbs/33_compute.ipynb #27015281
+# %% ../nbs/33_compute.ipynb #610a7883
+@singledispatch
 def model_shape(
     policy, # Policy
 ): # ModelShape
@@ -99,20 +101,21 @@ class Counts:
     def __radd__(self, other): return self if other == 0 else self + other
     def to_dict(self): return {k: round(v, 3) if k == "seconds" else v for k, v in asdict(self).items()}
 
-# %% ../nbs/33_compute.ipynb #12c4787f
+# %% ../nbs/33_compute.ipynb #5f3713f5
 def prompt_cost(
     shape:ModelShape, # of the policy, by `model_shape`
     encoded, # one `Encoded`: what `encode` returned
     generated=(), # tokens of each sampled answer; empty for a question answered by a probability
     train:bool=False, # a training pass
+    known:int=0, # tokens of it, the video among them, that had been read before and cost nothing now
 ): # Counts without `samples` and `seconds`
     "Cost of one encoded prompt"
-    grid, patches = encoded.grid_thw, len(encoded.pixel_values)
+    grid, patches = encoded.grid_thw, 0 if known else encoded.n_patches
     frame = int(grid[0][1]*grid[0][2]) if len(grid) else 1
     n = len(encoded.input_ids)
-    return Counts(prompts=1, prompt_tokens=n, visual_tokens=int(encoded.n_video_tokens),
-                  generated_tokens=int(sum(generated)),
-                  flops=float(flops(shape, n, [int(g) for g in generated], patches, frame, train=train)))
+    spent = flops(shape, n, [int(g) for g in generated], patches, frame, train=train) - text_flops(shape, known)
+    return Counts(prompts=1, prompt_tokens=n - known, visual_tokens=0 if known else int(encoded.n_video_tokens),
+                  generated_tokens=int(sum(generated)), flops=float(spent))
 
 def total_cost(
     rows, # ledger rows

@@ -6,19 +6,19 @@
 __all__ = ['LOSSES', 'GRPOSettings', 'reward_parts', 'check_grpo', 'part_size', 'grpo_args', 'View', 'VideoGRPO', 'reference',
            'reward_column', 'pass_flops', 'grpo_trainer_class', 'train_grpo', 'check_sample']
 
-# %% ../nbs/51_grpo.ipynb #37d43484
+# %% ../nbs/51_grpo.ipynb #066ee518
 from dataclasses import dataclass, field
 from functools import cache, partial
 from statistics import mean
 
 from fastcore.basics import patch
 
-from .batches import task_prompt
-from .compute import flops, model_shape
+from .batches import task_prompt, within_memory
+from .compute import flops, model_shape, text_flops, vision_flops
 from .config import settings, to_params
-from .engine import sample, token_logps
+from .engine import prefill, sample, token_logps
 from .ledger import fingerprint
-from .policy import encode, save_policy, unwrap
+from .policy import encode, save_policy, see, unwrap
 from .policy import frame_spec as policy_frames
 from .prompts import parse_answer
 from .records import Sample
@@ -26,6 +26,7 @@ from .rewards import reward_weights, score_completion
 from .sft import check_settings
 from videotg_r1.training import (
     RunTrainer,
+    check_context,
     check_trl,
     common_args,
     lora_config,
@@ -36,10 +37,11 @@ from videotg_r1.training import (
     set_trainable,
     train_run,
     training_dtype,
+    usable_rewards,
     world_size,
 )
 
-# %% ../nbs/51_grpo.ipynb #3149279f
+# %% ../nbs/51_grpo.ipynb #6298d247
 @settings
 class GRPOSettings:
     "All choices of a GRPO run"
@@ -81,8 +83,9 @@ class GRPOSettings:
     parity_tol:float = 1e-3 # fp32: largest difference of sampled and scored log-probabilities, nats
     seed:int = 0 # order of samples, draws, adapters
     save_steps:int = 50 # steps between checkpoints; 0: none
-    keep_checkpoints:int = 1 # newest ones kept; above 1 also after the end
+    keep_checkpoints:int = 2 # newest ones kept; above 2 also after the end
     logging_steps:int = 1 # steps between rows of the history
+    report_to:str = "none" # send the history's rows to tensorboard, wandb or trackio as well
     def __post_init__(self): check_grpo(self)
 
 # %% ../nbs/51_grpo.ipynb #b7f46c33
@@ -162,7 +165,7 @@ class View:
         "Whether sampling saw something else than training"
         return self.drawn is not self.trained
 
-# %% ../nbs/51_grpo.ipynb #81afd163
+# %% ../nbs/51_grpo.ipynb #92d5195a
 class VideoGRPO(RunTrainer):
     "What GRPO on videos changes in TRL's trainer"
     def __init__(self,
@@ -180,8 +183,9 @@ class VideoGRPO(RunTrainer):
         from datasets import Dataset
         self.policy, self.cfg, self.spec, self.cache, self.curriculum = policy, cfg, spec, cache, curriculum
         self.samples, self.bins, self.shape = {s.qid: s for s in samples}, bins or {}, model_shape(policy)
-        self.views, self._made_at = [], -1
-        self._rows = self._sampled = self._live = None
+        self.views, self._made_at, self.order, self.ahead = [], -1, order, None
+        self.frozen = bool(cfg.freeze_vision or cfg.lora_r)
+        self._rows = self._sampled = self._live = self._prompts = None
         ref, args.beta = reference(policy, cfg), 0.
         super().__init__(model=unwrap(policy.model), args=args, processing_class=policy.tokenizer,
             reward_funcs=[reward_column(name, self.samples, cfg, (reward_fns or {}).get(name)) for name in reward_parts(cfg)],
@@ -199,7 +203,7 @@ def reference(
     from copy import deepcopy
     return deepcopy(unwrap(policy.model)).eval().requires_grad_(False)
 
-# %% ../nbs/51_grpo.ipynb #ce6e064b
+# %% ../nbs/51_grpo.ipynb #1cd79fa4
 def reward_column(
     name:str, # a part of `score_completion`, or of your own
     samples:dict, # qid -> Sample
@@ -207,26 +211,61 @@ def reward_column(
     fn=None, # (text, sample) -> float or None; None: the part of that name
 ): # function of TRL's form
     "One reward for a column of completions"
-    if fn is None: fn = lambda text, s: score_completion(text, s, {name: 1.}, think=cfg.think)[name]
-    def column(completions, qid, **kwargs): return [fn(text, samples[q]) for text, q in zip(completions, qid, strict=True)]
+    if fn is None:
+        fn = lambda text, s: score_completion(text, s, {name: 1.}, think=cfg.think)[name]
+        fn.range = (0., 1.)
+    def column(completions, qid, log_metric=None, **kwargs):
+        values, refused = usable_rewards(name, [fn(text, samples[q]) for text, q in zip(completions, qid, strict=True)],
+                                         *getattr(fn, "range", ()))
+        if log_metric: log_metric(f"rewards/{name}/refused", refused)
+        return values
     column.__name__ = name
     return column
 
-# %% ../nbs/51_grpo.ipynb #1d0e33df
+# %% ../nbs/51_grpo.ipynb #94501f45
+@patch
+def clips(self:VideoGRPO,
+    qids, # of this process's prompts of a generation
+): # list of Clip
+    "The clips of this generation; those of the next one are on their way"
+    from concurrent.futures import ThreadPoolExecutor
+    if self.ahead is None: self.ahead = ThreadPoolExecutor(1, thread_name_prefix="next_clips"), {}
+    (pool, held), n, rank = self.ahead, len(qids), self.accelerator.process_index
+    read = lambda q: read_sample(self.samples[q], self.spec, self.cache)
+    found = [held[q].result() if q in held else read(q) for q in qids]
+    each = self.args.steps_per_generation*self.num_iterations
+    at = (self._step//each + 1)*n*self.accelerator.num_processes + rank*n
+    self.ahead = pool, {q: pool.submit(read, q) for q in self.order[at:at + n]}
+    return found
+
+# %% ../nbs/51_grpo.ipynb #88a877bf
 @patch
 def look(self:VideoGRPO,
     qids, # of this process's prompts
 ): # list of View
     "What each prompt shows at this step"
     out, step, total = [], self.state.global_step, self.args.max_steps
-    for s in (self.samples[q] for q in qids):
-        clip, prompt = read_sample(s, self.spec, self.cache), task_prompt(s, think=self.cfg.think)
+    for s, clip in zip([self.samples[q] for q in qids], self.clips(qids), strict=True):
+        prompt = task_prompt(s, think=self.cfg.think)
         if self.curriculum is None: shown, drop, info = clip, None, {}
         else: shown, drop, info = self.curriculum.view(s, clip, step, total)
         drawn = encode(self.policy, shown, prompt, drop=drop)
+        check_context(self.policy, s.qid, len(drawn), self.cfg.max_completion_length)
         hint = info.get("masked", False) and self.curriculum.cfg.transfer
         out.append(View(s, drawn, encode(self.policy, clip, prompt) if hint else drawn, info))
-    return out
+    return self.seen(out) if self.frozen else out
+
+@patch
+def seen(self:VideoGRPO,
+    views, # list of View
+): # list of View whose prompts carry features
+    "Let the frozen tower look at each different pair of frames once"
+    both = [v.drawn for v in views] + [v.trained for v in views if v.hinted]
+    with self.accelerator.autocast(): both, n = see(self.policy, both)
+    patches = int(both[0].grid_thw[0, 1:].prod()) if both else 0
+    self.count(flops=vision_flops(self.shape, n*patches, patches))
+    rest = iter(both[len(views):])
+    return [View(v.sample, e, next(rest) if v.hinted else e, v.info) for v, e in zip(views, both, strict=False)]
 
 # %% ../nbs/51_grpo.ipynb #73b007ba
 @patch
@@ -239,15 +278,17 @@ def _generate_and_score_completions(self:VideoGRPO, inputs):
     out["view"] = torch.arange(len(inputs))//G
     return out
 
-# %% ../nbs/51_grpo.ipynb #c3207b41
+# %% ../nbs/51_grpo.ipynb #e1e0e934
 @patch
 def _generate(self:VideoGRPO, prompts):
     "Answers to each prompt, its video encoded once"
     cfg, drawn = self.cfg, [v.drawn for v in self.views]
     seeds = [int(fingerprint([cfg.seed, self._step, v.sample.qid]), 16) for v in self.views]
     with self.accelerator.autocast():
-        r = sample(self.policy, drawn, G=cfg.G, temperature=cfg.temperature, top_p=cfg.top_p,
-                   max_new_tokens=cfg.max_completion_length, seed=seeds)
+        self._prompts = self.read_once() if self.one_pass else None
+        draw = partial(sample, self.policy, drawn, G=cfg.G, temperature=cfg.temperature, top_p=cfg.top_p,
+                       max_new_tokens=cfg.max_completion_length, seed=seeds, prompts=self._prompts)
+        r = within_memory(self.policy, lambda at_once: draw(batch_size=at_once), 16)
     n = r.mask.sum(-1).flatten().tolist()
     cut = lambda x: [row[:k].tolist() for row, k in zip(x.flatten(0, 1), n, strict=True)]
     texts = [t for group in r.texts for t in group]
@@ -255,7 +296,21 @@ def _generate(self:VideoGRPO, prompts):
     prompt_ids = [e.input_ids.tolist() for e in drawn for _ in range(cfg.G)]
     return prompt_ids, cut(r.ids), None, texts, cut(r.logps), {}, None, []
 
-# %% ../nbs/51_grpo.ipynb #26a12b2f
+# %% ../nbs/51_grpo.ipynb #64450f22
+@patch(as_prop=True)
+def one_pass(self:VideoGRPO): # bool
+    "Whether sampling and learning can share their reading of the prompts"
+    a = self.args
+    return (self.frozen and self.accelerator.num_processes == a.gradient_accumulation_steps == a.steps_per_generation
+            == self.num_iterations == 1 and not a.gradient_checkpointing and not any(v.hinted for v in self.views))
+
+@patch
+def read_once(self:VideoGRPO): # engine.Prompts that carry gradients
+    "Read this step's prompts for sampling and for learning"
+    import torch
+    with torch.enable_grad(): return prefill(self.policy, [v.drawn for v in self.views], self.model)
+
+# %% ../nbs/51_grpo.ipynb #ce9418ed
 def pass_flops(
     shape, # compute.ModelShape
     encoded, # Encoded prompt
@@ -263,7 +318,8 @@ def pass_flops(
     **kwargs, # train, checkpointing, vision_trained
 ): # FLOPs
     "One pass over a prompt and its group of answers"
-    return float(flops(shape, len(encoded), n, len(encoded.pixel_values), int(encoded.grid_thw[0][1:].prod()), **kwargs))
+    patches = encoded.n_patches if encoded.features is None else 0      # what the tower did already is counted there
+    return float(flops(shape, len(encoded), n, patches, int(encoded.grid_thw[0][1:].prod()), **kwargs))
 
 # %% ../nbs/51_grpo.ipynb #5d0cd990
 @patch
@@ -316,7 +372,7 @@ def _get_per_token_logps_and_entropies(self:VideoGRPO, model, input_ids, attenti
     if self._rows is not None: self.check_parity(logps.detach(), mask, rows)
     return logps, entropies if compute_entropy else None, None
 
-# %% ../nbs/51_grpo.ipynb #843dfe9d
+# %% ../nbs/51_grpo.ipynb #c5025a54
 @patch
 def score(self:VideoGRPO,
     model, # what to score with: the policy, possibly wrapped, or the reference
@@ -329,8 +385,11 @@ def score(self:VideoGRPO,
     on = list(range(len(ids)))
     if self._live is not None: on = [i for i in on if self._live.view(len(ids), -1)[i].any()] or [0]
     encs = [encodeds[i] for i in on]
+    once = self._prompts if torch.is_grad_enabled() and len(encodeds) == len(self.views) else None
     with self.accelerator.autocast():
-        logps, entropies = token_logps(self.policy, encs, ids[on], mask[on], temperature=self.temperature, model=model, with_entropy=True)
+        logps, entropies = token_logps(self.policy, encs, ids[on], mask[on], temperature=self.temperature, model=model,
+                                       with_entropy=True, prompts=once and once.part(on))
+    if once: self.count(flops=-sum(text_flops(self.shape, len(e), logits=1) for e in encs)) # read with gradients already
     learn = dict(train=True, checkpointing=self.cfg.gradient_checkpointing, vision_trained=not self.cfg.freeze_vision)
     self.count(flops=sum(pass_flops(self.shape, e, m.sum(-1).tolist(), **(learn if torch.is_grad_enabled() else {}))
                          for e, m in zip(encs, mask[on], strict=True)))
@@ -361,16 +420,16 @@ def check_parity(self:VideoGRPO,
                            f"{self.state.global_step}, more than parity_tol={self.cfg.parity_tol}: rollouts and gradients "
                            "do not see the same inputs; this is a bug, please report it with run.json")
 
-# %% ../nbs/51_grpo.ipynb #cb8c4c77
+# %% ../nbs/51_grpo.ipynb #a5df7753
 @patch
 def _compute_loss(self:VideoGRPO, model, inputs):
     "TRL's, with the views of these rows at hand"
     self._rows, self._sampled = inputs["view"], inputs["sampling_per_token_logps"]
     self._live = inputs["advantages"] != 0 if self.cfg.skip_dead and not self.beta else None
     try: return super(VideoGRPO, self)._compute_loss(model, inputs)
-    finally: self._rows = self._sampled = self._live = None
+    finally: self._rows = self._sampled = self._live = self._prompts = None
 
-# %% ../nbs/51_grpo.ipynb #64af9da4
+# %% ../nbs/51_grpo.ipynb #c4c5fd73
 @patch
 def _calculate_rewards(self:VideoGRPO, inputs, prompts, completions, completion_ids_list):
     "TRL's, then what groups and curriculum say"
@@ -379,6 +438,7 @@ def _calculate_rewards(self:VideoGRPO, inputs, prompts, completions, completion_
     parts = super(VideoGRPO, self)._calculate_rewards(inputs, prompts, completions, completion_ids_list)
     total = (parts*self.reward_weights.to(parts.device)).nansum(1).masked_fill(parts.isnan().all(1), torch.nan)
     total = total.view(-1, self.num_generations).cpu()
+    self._metrics["train"]["groups/unscorable"].append(total.isnan().all(1).float().mean().item())
     dead, m = ~((total - total.nanmean(1, keepdim=True)).abs() > 1e-8).any(1), self._metrics["train"]
     facts = gather_object([dict(qid=v.sample.qid, bin=self.bins.get(v.sample.qid), **v.info) for v in self.views])
     for b in sorted({f["bin"] for f in facts if f["bin"]}):
@@ -398,6 +458,12 @@ def tell(self:VideoGRPO,
     for k in ("ratio", "hidden_share"): m[f"curriculum/{k}"].append(mean([f[k] for f in masked]) if masked else 0.)
     for f, r in zip(facts, total, strict=True):
         if f["masked"] and (r := r[~r.isnan()]).numel(): self.curriculum.observe(f["qid"], r.tolist(), self.state.global_step)
+
+# %% ../nbs/51_grpo.ipynb #f94307b1
+@patch
+def can_save(self:VideoGRPO): # bool
+    "Whether a checkpoint after this step is a place to go on from"
+    return super(VideoGRPO, self).can_save() and self._step % (self.args.steps_per_generation*self.num_iterations) == 0
 
 # %% ../nbs/51_grpo.ipynb #5ee16408
 @patch
@@ -419,7 +485,7 @@ def grpo_trainer_class(): # class VideoGRPOTrainer(VideoGRPO, trl.GRPOTrainer)
     from trl import GRPOTrainer
     return type("VideoGRPOTrainer", (VideoGRPO, GRPOTrainer), {})
 
-# %% ../nbs/51_grpo.ipynb #6fb71b62
+# %% ../nbs/51_grpo.ipynb #aa5312db
 def train_grpo(
     policy, # Policy to train, changed in place
     samples, # list of Sample
@@ -431,7 +497,8 @@ def train_grpo(
     cache=None, # FrameCache
     reward_fns=None, # dict part -> (text, sample) -> float or None, for parts of cfg.rewards that are your own
     progress:bool=True, # show a bar
-): # dict: kind, steps, seconds, tokens, compute, last, history, final, resumed_from, n, fingerprint
+    accept=(), # settings that may differ from what the run began with, e.g. "settings.grad_accum"
+): # dict: kind, steps, seconds, tokens, compute, last, history, final, resumed_from, damaged, n, fingerprint
     "Reinforce what scores well, or go on with it"
     check_trl()
     spec = policy_frames(policy) if frame_spec is None else frame_spec
@@ -446,7 +513,7 @@ def train_grpo(
         set_trainable(model, cfg.freeze_vision); training_dtype(model)
         order = prompt_order(len(samples), gens*args.generation_batch_size//cfg.G, cfg.seed)
         return grpo_trainer_class()(policy, samples, cfg, args, [samples[i].qid for i in order], spec, cache, curriculum, bins, reward_fns)
-    return train_run(policy, cfg, out_dir, meta, build, partial(save_policy, policy), progress, ("reward", "frac_reward_zero_std"))
+    return train_run(policy, cfg, out_dir, meta, build, partial(save_policy, policy), progress, ("reward", "frac_reward_zero_std"), accept)
 
 # %% ../nbs/51_grpo.ipynb #3df219d9
 def check_sample(

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'VISION_TOKENS', 'SPECIAL_TOKENS', 'TAGS', 'CHAT_TEMPLATE', 'WORDS', 'CHUNKED', 'TEST_CORPUS',
-           'VIDEO_MARK', 'PixelSpec', 'to_patches', 'video_positions', 'unwrap', 'Family', 'never_sampled', 'end_ids',
-           'Policy', 'frame_spec', 'train_tokenizer', 'build_config', 'build_policy', 'chunk_attention',
-           'MatmulPatches', 'patch_classes', 'prepare', 'random_policy', 'Encoded', 'chat_parts', 'video_pieces',
-           'encode', 'collate', 'no_bars', 'save_policy', 'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
+           'VIDEO_MARK', 'PixelSpec', 'patch_grid', 'to_patches', 'video_positions', 'unwrap', 'Family',
+           'never_sampled', 'end_ids', 'Policy', 'frame_spec', 'train_tokenizer', 'build_config', 'build_policy',
+           'chunk_attention', 'MatmulPatches', 'FeatureTower', 'WideMLP', 'fast_classes', 'prepare', 'random_policy',
+           'Encoded', 'chat_parts', 'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'pair_keys',
+           'tower_pass', 'see', 'no_bars', 'save_policy', 'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
 
-# %% ../nbs/30_policy.ipynb #cfae040f
+# %% ../nbs/30_policy.ipynb #5f63ca5d
 import itertools
 import json
 import re
+from collections import OrderedDict
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property, singledispatch
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -37,24 +40,31 @@ class PixelSpec:
         "Side of one visual token in pixels"
         return self.patch*self.merge
 
-# %% ../nbs/30_policy.ipynb #7bfb71d5
+# %% ../nbs/30_policy.ipynb #bf3cdd3a
+def patch_grid(
+    frames, # [T,H,W,3] uint8, T even
+    spec,   # PixelSpec of the tower
+): # (T,H,W) grid in pairs and patches
+    "How a clip is cut, or why it cannot be"
+    x = torch.as_tensor(frames)
+    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != torch.uint8:
+        raise ValueError(f"to_patches: frames must be [T,H,W,3] uint8, got {tuple(x.shape)} {x.dtype}: pass Clip.frames")
+    (n, h, w, _), t = x.shape, spec.frames_per_pair
+    if n == 0 or n % t or h % spec.factor or w % spec.factor or 0 in (h, w):
+        raise ValueError(f"to_patches: need a multiple of {t} frames and sides that are multiples of {spec.factor} px, "
+                         f"got {n} frames of {h}x{w}: read the clip with FrameSpec(factor={spec.factor})")
+    return n//t, h//spec.patch, w//spec.patch
+
 def to_patches(
     frames, # [T,H,W,3] uint8, T even
     spec,   # PixelSpec of the tower
 ): # ([P,D] float32 patches, (T,H,W) grid in pairs and patches)
-    "Cut uint8 frames into normalised patches, one row each"
-    x = torch.as_tensor(frames)
-    if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != torch.uint8:
-        raise ValueError(f"to_patches: frames must be [T,H,W,3] uint8, got {tuple(x.shape)} {x.dtype}: pass Clip.frames")
-    (n, h, w, _), t, p, m = x.shape, spec.frames_per_pair, spec.patch, spec.merge
-    if n == 0 or n % t or h % spec.factor or w % spec.factor or 0 in (h, w):
-        raise ValueError(f"to_patches: need a multiple of {t} frames and sides that are multiples of {spec.factor} px, "
-                         f"got {n} frames of {h}x{w}: read the clip with FrameSpec(factor={spec.factor})")
-    grid = (n//t, h//p, w//p)
-    x = x.view(grid[0], t, grid[1]//m, m, p, grid[2]//m, m, p, 3).permute(0, 2, 5, 3, 6, 8, 1, 4, 7)
+    "Cut uint8 frames into normalised patches, one row each, on the device that holds them"
+    x, grid, (t, p, m) = torch.as_tensor(frames), patch_grid(frames, spec), (spec.frames_per_pair, spec.patch, spec.merge)
+    x = x.view(grid[0], t, grid[1]//m, m, p, grid[2]//m, m, p, 3).permute(0, 2, 5, 3, 6, 8, 1, 4, 7).contiguous()
     scale = 255*torch.tensor(spec.std, device=x.device).view(3, 1, 1, 1)
     shift = 255*torch.tensor(spec.mean, device=x.device).view(3, 1, 1, 1)
-    return ((x.float() - shift)/scale).reshape(grid[0]*grid[1]*grid[2], -1), grid
+    return x.float().sub_(shift).div_(scale).view(grid[0]*grid[1]*grid[2], -1), grid
 
 # %% ../nbs/30_policy.ipynb #f2d5d6f3
 def video_positions(
@@ -111,7 +121,7 @@ def end_ids(
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return tuple(dict.fromkeys([*([ids] if isinstance(ids, int) else ids or ()), tokenizer.eos_token_id]))
 
-# %% ../nbs/30_policy.ipynb #f0484d04
+# %% ../nbs/30_policy.ipynb #b7de2c50
 @dataclass
 class Policy:
     "A video language model, its tokenizer, and what is needed to feed it"
@@ -162,7 +172,19 @@ class Policy:
         "Ids that are never sampled"
         return never_sampled(self.tokenizer.get_vocab(), self.config.text_config.vocab_size)
 
-# %% ../nbs/30_policy.ipynb #2bfc77ae
+    @cached_property
+    def features(self):
+        "What the vision tower made of frames lately, see `see`"
+        return FeatureCache()
+
+    def banned(self, device): # [K] int64
+        "The same as a tensor, made once for each device"
+        held = self.__dict__.setdefault("_banned", {})
+        if device not in held: held[device] = torch.tensor(self.suppressed_ids, device=device)
+        return held[device]
+
+# %% ../nbs/30_policy.ipynb #ff77728a
+@singledispatch
 def frame_spec(
     policy,      # Policy
     **overrides, # FrameSpec fields: fps, max_frames, max_pixels, ...
@@ -252,7 +274,7 @@ def build_policy(
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return prepare(Policy(model.eval(), tokenizer, FAMILIES[family].pixels, family, name))
 
-# %% ../nbs/30_policy.ipynb #09cf0ba0
+# %% ../nbs/30_policy.ipynb #55315b7e
 CHUNKED = "videotg_flash_chunks"
 
 def chunk_attention(
@@ -274,6 +296,10 @@ def chunk_attention(
         a = (x[rows].reshape(-1, length, h, d).transpose(1, 2) for x in (q, k, v))
         return F.scaled_dot_product_attention(*a, dropout_p=dropout, scale=scaling).transpose(1, 2).reshape(-1, h, d)
     if count*int(max_length_q) == n: return attend(slice(None), int(max_length_q))[None], None
+    if q.is_cuda and q.dtype != torch.float32 and not dropout:
+        from torch.nn.attention.varlen import varlen_attn
+        cu = cu_seq_lens_q.int()
+        return varlen_attn(q, k, v, cu, cu, int(max_length_q), int(max_length_q), scale=scaling)[None], None
     lengths = cu_seq_lens_q.diff()
     owner, out = torch.arange(count, device=q.device).repeat_interleave(lengths), torch.empty_like(q)
     for length in lengths.unique().tolist():
@@ -281,7 +307,7 @@ def chunk_attention(
         out = out.index_copy(0, rows, attend(rows, length))
     return out[None], None
 
-# %% ../nbs/30_policy.ipynb #502d82f2
+# %% ../nbs/30_policy.ipynb #0108640c
 class MatmulPatches:
     "Mixin: patch embedding by a matrix product"
     def forward(self, hidden_states):
@@ -290,15 +316,42 @@ class MatmulPatches:
         w = self.proj.weight
         return F.linear(hidden_states.to(w.dtype).reshape(-1, w[0].numel()), w.flatten(1), self.proj.bias)
 
-@cache
-def patch_classes(): # dict of transformers' patch embedding class to our subclass
-    "Our patch embeddings, one for each family"
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionPatchEmbed
-    from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLVisionPatchEmbed
-    return {c: type(f"Matmul{c.__name__}", (MatmulPatches, c), {})
-            for c in (Qwen2_5_VisionPatchEmbed, Qwen3VLVisionPatchEmbed)}
+# %% ../nbs/30_policy.ipynb #27d4d1b2
+class FeatureTower:
+    "Mixin: a vision tower that takes its own features in place of patches"
+    def forward(self, hidden_states, grid_thw, **kwargs):
+        "Features of patches; features pass through"
+        if len(hidden_states)*self.spatial_merge_size**2 != int(grid_thw.prod(-1).sum()):
+            return super().forward(hidden_states, grid_thw, **kwargs)
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
+        first, *deep = hidden_states.chunk(1 + len(getattr(self, "deepstack_visual_indexes", ())), -1)
+        return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deep)
 
-# %% ../nbs/30_policy.ipynb #99c2b433
+# %% ../nbs/30_policy.ipynb #d5bf0611
+class WideMLP:
+    "Mixin: the tower's MLP with zeros up to a width that is multiplied fast"
+    multiple, where = 64, ("cuda",)
+    def forward(self, hidden_state):
+        "As the stock MLP"
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        more = -self.gate_proj.weight.shape[0] % self.multiple
+        if not more or hidden_state.device.type not in self.where or any(type(o) is not torch.nn.Linear for o in layers):
+            return super().forward(hidden_state)
+        gate, up = (F.linear(hidden_state, F.pad(o.weight, (0, 0, 0, more)), None if o.bias is None else F.pad(o.bias, (0, more)))
+                    for o in layers[:2])
+        return F.linear(self.act_fn(gate)*up, F.pad(self.down_proj.weight, (0, more)), self.down_proj.bias)
+
+# %% ../nbs/30_policy.ipynb #9077f3d1
+@cache
+def fast_classes(): # dict of transformers' class to our subclass
+    "Our parts of the vision towers of both families"
+    from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as two
+    from transformers.models.qwen3_vl import modeling_qwen3_vl as three
+    pairs = ((MatmulPatches, two.Qwen2_5_VisionPatchEmbed), (MatmulPatches, three.Qwen3VLVisionPatchEmbed),
+             (WideMLP, two.Qwen2_5_VLMLP), (FeatureTower, two.Qwen2_5_VisionTransformerPretrainedModel), (FeatureTower, three.Qwen3VLVisionModel))
+    return {c: type(f"{ours.__name__}{c.__name__}", (ours, c), {"__module__": __name__}) for ours, c in pairs}
+
+# %% ../nbs/30_policy.ipynb #cd94d370
 def prepare(
     policy,    # Policy, just loaded or built
     fast=True, # use the faster tower; False: transformers' own
@@ -306,11 +359,11 @@ def prepare(
     "Switch the vision tower to the fast or to the stock implementation"
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     ALL_ATTENTION_FUNCTIONS.register(CHUNKED, chunk_attention)
-    tower, ours = unwrap(policy.model).model.visual, patch_classes()
+    tower, ours = unwrap(policy.model).model.visual, fast_classes()
     for c in {id(m.attn.config): m.attn.config for m in tower.blocks}.values():
         c._attn_implementation_internal = CHUNKED if fast else "sdpa"
     swap = ours if fast else {o: c for c, o in ours.items()}
-    tower.patch_embed.__class__ = swap.get(type(tower.patch_embed), type(tower.patch_embed))
+    for part in tower.modules(): part.__class__ = swap.get(type(part), type(part))
     return policy
 
 # %% ../nbs/30_policy.ipynb #e56a32a1
@@ -324,19 +377,31 @@ def random_policy(
     "A tiny policy with random weights, for tests"
     return build_policy(family, train_tokenizer(TEST_CORPUS*4, 400), seed=seed, name=f"random-{family}")
 
-# %% ../nbs/30_policy.ipynb #9b4323cb
+# %% ../nbs/30_policy.ipynb #1e1eefb7
 @dataclass
 class Encoded:
     "A clip and a question as model inputs"
     input_ids: torch.Tensor    # [L] int64
     position_ids: torch.Tensor # [3,L] int64: time, height, width
     next_position: int         # position of the first generated token, in all three rows
-    pixel_values: torch.Tensor # [P,D] float32 patches
+    frames: torch.Tensor       # [2*pairs,H,W,3] uint8, what is left of the clip
+    pixels: PixelSpec          # how the frames are cut
     grid_thw: torch.Tensor     # [1,3] int64: pairs, patches down, patches across
     second_per_grid_s: float   # seconds between two pairs
     n_video_tokens: int        # visual tokens among input_ids
+    features: torch.Tensor = None # [n_video_tokens,D] what the tower makes of the frames, where that is known
 
     def __len__(self): return len(self.input_ids)
+
+    @property
+    def n_patches(self): # int
+        "Patches that the frames are cut into"
+        return int(self.grid_thw.prod())
+
+    @cached_property
+    def pixel_values(self): # [P,D] float32
+        "The frames as patches, on the CPU"
+        return to_patches(self.frames, self.pixels)[0]
 
 # %% ../nbs/30_policy.ipynb #3761918f
 VIDEO_MARK = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -376,7 +441,8 @@ def video_pieces(
                (ids("<|vision_end|>"), i, False)) for i in pairs)
     return [(ids(head), -1, False), *itertools.chain.from_iterable(blocks), (ids(tail), -1, False)]
 
-# %% ../nbs/30_policy.ipynb #f45b0735
+# %% ../nbs/30_policy.ipynb #0e5da44e
+@singledispatch
 def encode(
     policy,    # Policy
     clip,      # Clip: frames [T,H,W,3] uint8, frame_ts [T] s, fps of the sampled frames
@@ -384,8 +450,7 @@ def encode(
     drop=None, # [T//2] bool, pairs whose visual tokens are left out; None keeps all
 ): # Encoded
     "Turn a clip and a question into model inputs"
-    spec = policy.processor
-    pixels, (T, H, W) = to_patches(clip.frames, spec)
+    spec, (T, H, W) = policy.processor, patch_grid(clip.frames, policy.processor)
     keep = torch.ones(T, dtype=torch.bool) if drop is None else ~torch.as_tensor(drop, dtype=torch.bool)
     if keep.shape != (T,) or not keep.any():
         raise ValueError(f"encode: drop must be [{T}] bool, one for each pair of frames, and leave at least one pair, "
@@ -403,10 +468,22 @@ def encode(
         kept += [pair < 0 or bool(keep[pair]) for piece, pair, _ in run for _ in piece]
         ids += new; positions.append(p); at = int(p.max()) + 1
     kept, n = torch.tensor(kept), int(keep.sum())
-    return Encoded(torch.tensor(ids)[kept], torch.cat(positions, 1)[:, kept], at, pixels.view(T, H*W, -1)[keep].flatten(0, 1),
-                   torch.tensor([[n, H, W]]), seconds, n*merged[0]*merged[1])
+    frames = torch.as_tensor(clip.frames)
+    if n < T: frames = frames[keep.repeat_interleave(spec.frames_per_pair)]
+    return Encoded(torch.tensor(ids)[kept], torch.cat(positions, 1)[:, kept], at, frames, spec, torch.tensor([[n, H, W]]),
+                   seconds, n*merged[0]*merged[1])
 
-# %% ../nbs/30_policy.ipynb #ffe1b4a3
+# %% ../nbs/30_policy.ipynb #14d74bb9
+def video_inputs(
+    policy,   # Policy
+    encodeds, # list of Encoded
+): # dict of tensors on the policy's device, for model(**batch)
+    "What the tower gets: features where all of them are known, else patches, cut where the model is"
+    dev, known = policy.device, all(e.features is not None for e in encodeds)
+    one = lambda e: e.features if known else e.pixel_values if dev.type == "cpu" else to_patches(e.frames.to(dev), e.pixels)[0]
+    return {"pixel_values_videos": torch.cat([one(e) for e in encodeds]).to(dev),
+            "video_grid_thw": torch.cat([e.grid_thw for e in encodeds]).to(dev)}
+
 def collate(
     policy,   # Policy
     encodeds, # list of Encoded
@@ -419,10 +496,82 @@ def collate(
     pad = lambda x, n, value: F.pad(x, (width - n, 0), value=value)
     batch = {"input_ids": torch.stack([pad(e.input_ids, len(e), policy.pad_id) for e in rows]),
              "attention_mask": torch.stack([pad(torch.ones(len(e), dtype=torch.long), len(e), 0) for e in rows]),
-             "position_ids": torch.stack([pad(e.position_ids, len(e), 0) for e in rows], 1),
-             "pixel_values_videos": torch.cat([e.pixel_values for e in rows]),
-             "video_grid_thw": torch.cat([e.grid_thw for e in rows])}
-    return {k: v.to(policy.device) for k, v in batch.items()}
+             "position_ids": torch.stack([pad(e.position_ids, len(e), 0) for e in rows], 1)}
+    return {k: v.to(policy.device) for k, v in batch.items()} | video_inputs(policy, rows)
+
+# %% ../nbs/30_policy.ipynb #cf0ef9a5
+class FeatureCache:
+    "Features of pairs of frames, forgotten when the tower's weights change"
+    def __init__(self,
+        max_bytes=1 << 29, # bound on their total size, where the model is
+    ):
+        if max_bytes <= 0: raise ValueError(f"FeatureCache.max_bytes must be above 0, got {max_bytes}")
+        self.max_bytes, self.bytes, self.hits, self.misses, self.tower, self.held = max_bytes, 0, 0, 0, None, OrderedDict()
+
+    def __repr__(self): return f"FeatureCache({len(self.held)} pairs, {self.bytes/2**20:.1f} MiB, {self.hits} hits, {self.misses} misses)"
+
+    def of(self, tower):
+        "This cache, empty if the tower is not the one it was filled by"
+        now = tuple((id(p), p._version, p.data_ptr(), p.dtype) for p in tower.parameters())
+        if now != self.tower: self.tower, self.bytes, self.held = now, 0, OrderedDict()
+        return self
+
+    def get(self, key):
+        "Features of a pair, or None"
+        found = self.held.get(key)
+        if found is None: self.misses += 1
+        else: self.held.move_to_end(key); self.hits += 1
+        return found
+
+    def put(self, key, value):
+        "Keep the features of a pair"
+        self.held[key], self.bytes = value, self.bytes + value.nbytes
+        while self.bytes > self.max_bytes: self.bytes -= self.held.popitem(last=False)[1].nbytes
+
+# %% ../nbs/30_policy.ipynb #7ae5f6ce
+def pair_keys(
+    encoded, # Encoded
+): # list of keys, one for each pair
+    "What tells one pair of frames from another"
+    _, h, w = encoded.grid_thw[0].tolist()
+    pairs = encoded.frames.numpy().reshape(int(encoded.grid_thw[0, 0]), -1)
+    return [(h, w, blake2b(o, digest_size=16).digest()) for o in pairs]
+
+def tower_pass(
+    policy, # Policy
+    pairs,  # list of [2,H,W,3] uint8, all of one size, at most `width`
+    width,  # pairs in a pass; blank ones make up the number
+): # [n,tokens,D] features, deepstack beside them
+    "Take pairs of frames through the vision tower"
+    tower, blank = unwrap(policy.model).model.visual, [torch.zeros_like(pairs[0])]*(width - len(pairs))
+    x, grid = to_patches(torch.cat([*pairs, *blank]).to(policy.device), policy.processor)
+    out = tower(x.to(tower.dtype), grid_thw=torch.tensor([grid], device=x.device))
+    rows = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or ())], -1)
+    return rows.view(width, -1, rows.shape[-1])[:len(pairs)]
+
+# %% ../nbs/30_policy.ipynb #9ec4b381
+def see(
+    policy,     # Policy whose tower stays as it is while the features are used
+    encodeds,   # list of Encoded
+    cache=None, # FeatureCache; None: the policy's own
+    width=32,   # pairs in a pass
+): # (new Encodeds with `features`, number of pairs that went through the tower)
+    "Look at each different pair of frames once"
+    cache = (policy.features if cache is None else cache).of(unwrap(policy.model).model.visual)
+    keys, pair_of, known, n = [pair_keys(e) for e in encodeds], {}, {}, policy.processor.frames_per_pair
+    for e, ks in zip(encodeds, keys, strict=True):
+        for k, o in zip(ks, e.frames.split(n), strict=True): pair_of.setdefault(k, o)
+    for k in pair_of:
+        if (f := cache.get(k)) is not None: known[k] = f
+    size = lambda key: key[:2]
+    new = sorted((k for k in pair_of if k not in known), key=size)
+    with torch.no_grad():
+        for _, same in itertools.groupby(new, key=size):
+            same = list(same)
+            for part in (same[i:i + width] for i in range(0, len(same), width)):
+                for k, f in zip(part, tower_pass(policy, [pair_of[k] for k in part], width), strict=True):
+                    known[k] = f.clone(); cache.put(k, known[k])
+    return [replace(e, features=torch.cat([known[k] for k in ks])) for e, ks in zip(encodeds, keys, strict=True)], len(new)
 
 # %% ../nbs/30_policy.ipynb #5324693f
 @contextmanager

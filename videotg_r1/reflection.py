@@ -7,7 +7,7 @@ __all__ = ['ReflectConfig', 'blank_spans', 'show_only', 'outside_spans', 'cluste
            'quantile_threshold', 'check_annotated', 'calibrate', 'judge', 'find_threshold', 'reflect',
            'plot_reflection', 'auc']
 
-# %% ../nbs/40_reflection.ipynb #841839d1
+# %% ../nbs/40_reflection.ipynb #86a7b47b
 import math
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Literal
 
 import numpy as np
 
-from .batches import ask_answers, ask_yes, clip_reader, event_text, run_batches, sample_seed
+from .batches import ask_answers, ask_further, ask_yes, check_fold, clip_reader, event_text, fold_of, run_batches, sample_seed
 from .compute import Counts, model_shape
 from .config import settings
 from .ledger import Ledger, fingerprint
@@ -25,7 +25,7 @@ from .policy import encode
 from .prompts import elsewhere_prompt, exists_prompt, parse_answer, vtg_prompt
 from .spans import clip_spans, iop_matrix, is_span, t_iou_matrix
 
-# %% ../nbs/40_reflection.ipynb #cdbf50a1
+# %% ../nbs/40_reflection.ipynb #f6fa46e3
 @settings
 class ReflectConfig:
     "How reflection looks, and what it concludes"
@@ -53,8 +53,11 @@ class ReflectConfig:
     batch_size: int = 8 # samples worked on together
     readers: int = 2 # videos read at the same time
     max_broken_share: float = .01 # share of samples whose video may be unreadable
+    fold_size: int = 1 # parts that the set is cut into, for as many processes
+    fold_index: int = 0 # which part this one works on, from 0
 
     def __post_init__(self):
+        check_fold(self)
         for o in ("propose_from", "cluster_iou", "inside_share", "floor_annotated", "min_annotated"):
             if not 0 <= getattr(self, o) <= 1:
                 raise ValueError(f"ReflectConfig.{o} must be in [0,1], got {getattr(self, o)}")
@@ -118,23 +121,26 @@ def cluster(
         left &= ~members
     return sorted(out, key=lambda o: -o["votes"])
 
-# %% ../nbs/40_reflection.ipynb #8296a99b
+# %% ../nbs/40_reflection.ipynb #a965e7ae
 def propose(
     policy, # Policy
     asks, # list of (clip with the annotated spans blanked, event in words, blanked spans [M,2] seconds)
     cfg:ReflectConfig, # settings
     seeds, # [B] int, of sampling
     shape=None, # ModelShape
+    which=(), # with `read`: the place of each ask among the prompts that were read
+    read=None, # Prompts kept by `ask_yes` on the same clips; the clips are not read again
 ): # (list of proposal lists, list of Counts), one for each ask
     "Ask for every other time an event happens, K times, and cluster the answers"
     prompt = elsewhere_prompt if cfg.ask == "elsewhere" else vtg_prompt
-    texts, _, costs = ask_answers(policy, [encode(policy, c, prompt(q)) for c, q, _ in asks], G=cfg.k, shape=shape,
-        temperature=cfg.temperature, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens, seed=seeds)
+    encodeds, how = [encode(policy, c, prompt(q)) for c, q, _ in asks], dict(G=cfg.k, shape=shape, seed=seeds,
+        temperature=cfg.temperature, top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens)
+    texts, _, costs = ask_answers(policy, encodeds, **how) if read is None else ask_further(policy, encodeds, which, read, **how)
     found = [[outside_spans(parse_answer(t).spans, hid, c.duration_s, cfg.inside_share) for t in ts]
              for ts, (c, _, hid) in zip(texts, asks, strict=True)]
     return [cluster(f, cfg.cluster_iou)[:cfg.max_proposals] for f in found], costs
 
-# %% ../nbs/40_reflection.ipynb #bea521f0
+# %% ../nbs/40_reflection.ipynb #d6da115f
 def look(
     policy, # Policy
     pairs, # [(Sample, Clip)] of one batch
@@ -149,12 +155,13 @@ def look(
     asks = [encode(policy, c, exists_prompt(e)) for c, e in zip(blank, events, strict=True)]
     asks += [encode(policy, alone(c, s.spans, seed=i), exists_prompt(event_text(s)))
              for (s, c), i in zip(pairs, seeds, strict=True)]
-    p, spent = ask_yes(policy, asks, shape)
     n = len(pairs)
+    p, spent, read = ask_yes(policy, asks[:n], shape, keep=True)
+    p, spent = (a + b for a, b in zip((p, spent), ask_yes(policy, asks[n:], shape), strict=True))
     cost = [spent[i] + spent[n + i] + Counts(samples=1) for i in range(n)]
     todo = [i for i in range(n) if cfg.k and p[i] >= cfg.propose_from]
     found, spent = propose(policy, [(blank[i], events[i], pairs[i][0].spans) for i in todo], cfg,
-                           [seeds[i] for i in todo], shape)
+                           [seeds[i] for i in todo], shape, todo, read)
     for i, c in zip(todo, spent, strict=True): cost[i] += c
     owners = [(i, o) for i, ps in zip(todo, found, strict=True) for o in ps]
     asks = [encode(policy, alone(pairs[i][1], [o["span"]], seed=seeds[i]), exists_prompt(events[i])) for i, o in owners]
@@ -259,7 +266,7 @@ def judge(
     else: verdict, why = "keep", f"not seen outside its annotation: {outside}; {at} (score {s:.2f} <= {threshold:.2f})"
     return dict(verdict=verdict, score=round(s, 4), threshold=round(threshold, 4), reason=why)
 
-# %% ../nbs/40_reflection.ipynb #3c49c4f5
+# %% ../nbs/40_reflection.ipynb #c898a38c
 def find_threshold(
     policy, # Policy
     samples, # list of `Sample`
@@ -283,7 +290,7 @@ def reflect(
     read=None, # path -> Clip, instead of reading files
     progress:bool=True, # show progress bars
 ): # Counts of all findings, calibration included
-    "Look for each event outside its annotation and write a verdict for every sample"
+    "Look for each event outside its annotation and write a verdict for every sample of the part"
     check_annotated(samples)
     kwargs = dict(frame_spec=frame_spec, cache=cache, read=read, progress=progress)
     threshold, spent = find_threshold(policy, samples, cfg, ledger, **kwargs)
@@ -294,7 +301,7 @@ def reflect(
         return [dict(qid=s.qid, **judge(o, threshold, cfg), **o) for (s, _), o in zip(pairs, seen, strict=True)]
     nothing = dict(verdict="undecided", score=None, threshold=round(threshold, 4), p_outside=None, p_annotated=None)
     broken = lambda s, why: dict(qid=s.qid, **nothing, proposals=[], reason=f"video could not be read: {why}")
-    return spent + run_batches(samples, work, broken, ledger, read or clip_reader(policy, frame_spec, cache),
+    return spent + run_batches(fold_of(samples, cfg.fold_size, cfg.fold_index), work, broken, ledger, read or clip_reader(policy, frame_spec, cache),
                                cfg.batch_size, cfg.max_broken_share, cfg.readers, "reflect", progress)
 
 # %% ../nbs/40_reflection.ipynb #f52d4a2f
