@@ -77,7 +77,7 @@ def scheduled_ratio(
     p = step/(cfg.until*total)
     return cfg.start*CURVES[cfg.schedule](p, cfg) if p < 1 else 0.
 
-# %% ../nbs/43_curriculum.ipynb #efa1b658
+# %% ../nbs/43_curriculum.ipynb #016abdb6
 def plot_schedules(
     cfg:CurriculumConfig, # `start`, `until` and the curves' own settings
     total:int=100, # steps
@@ -85,8 +85,8 @@ def plot_schedules(
     "Ratio over the steps for every fixed schedule"
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(5, 2.6), layout="constrained")
-    for name in CURVES:
-        ax.plot([scheduled_ratio(replace(cfg, schedule=name), s, total) for s in range(total)], label=name,
+    for name, dash in zip(CURVES, ("-", "--", "-.", ":"), strict=True):
+        ax.plot([scheduled_ratio(replace(cfg, schedule=name), s, total) for s in range(total)], label=name, ls=dash,
                 drawstyle="steps-post" if name == "step" else "default")
     ax.set(xlabel="training step", ylabel="ratio (0 = all visible)", ylim=(0, None), xlim=(0, total - 1))
     ax.legend(frameon=False, fontsize=8)
@@ -203,7 +203,7 @@ def view(self:Curriculum,
     seen = replace(clip, frames=fill_frames(clip.frames, gone, self.cfg.fill, rng))
     return seen, droppable(gone) if self.cfg.how == "drop" else None, info
 
-# %% ../nbs/43_curriculum.ipynb #9d81d633
+# %% ../nbs/43_curriculum.ipynb #aff7340c
 def plot_masks(
     sample, # Sample
     clip, # its Clip
@@ -219,7 +219,7 @@ def plot_masks(
     for ax, (label, (shown, info)) in zip(axes[:, 0], views.items(), strict=True):
         strip = np.concatenate(list(shown.frames[at][:, ::thin, ::thin]), 1)
         ax.imshow(strip, interpolation="nearest", extent=(clip.frame_ts[0], end, .25, 1), aspect="auto")
-        for s, e in sample.spans: ax.axvspan(s, e, 0, .2, color="C2")
+        for s, e in sample.spans: ax.axvspan(s, e, 0, .2, color="#1b7f72")
         ax.set(ylim=(0, 1), xlim=(clip.frame_ts[0], end), yticks=[])
         ax.set_ylabel(f"{label}\n{info['hidden_share']:.0%} hidden", rotation=0, ha="right", va="center", fontsize=7)
     axes[-1, 0].set_xlabel("time (s); green: the annotated event")

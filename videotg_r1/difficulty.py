@@ -5,17 +5,17 @@
 # %% auto #0
 __all__ = ['DifficultyConfig', 'bin_of', 'summarise', 'check_scorable', 'estimate', 'plot_difficulty']
 
-# %% ../nbs/41_difficulty.ipynb #bdb0ad87
+# %% ../nbs/41_difficulty.ipynb #55d1b242
 import numpy as np
 
-from .batches import ask_answers, clip_reader, is_existence, run_batches, sample_seed, task_prompt
+from .batches import ask_answers, check_fold, clip_reader, fold_of, is_existence, run_batches, sample_seed, task_prompt
 from .compute import Counts, model_shape
 from .config import settings
 from .policy import encode
 from .prompts import parse_answer
 from .spans import best_iou
 
-# %% ../nbs/41_difficulty.ipynb #1b6b1b65
+# %% ../nbs/41_difficulty.ipynb #6102d061
 @settings
 class DifficultyConfig:
     "How difficulty is estimated"
@@ -30,8 +30,11 @@ class DifficultyConfig:
     batch_size: int = 8 # samples worked on together
     readers: int = 2 # videos read at the same time
     max_broken_share: float = .01 # share of samples whose video may be unreadable
+    fold_size: int = 1 # parts that the set is cut into, for as many processes
+    fold_index: int = 0 # which part this one works on, from 0
 
     def __post_init__(self):
+        check_fold(self)
         if self.k < 1: raise ValueError(f"DifficultyConfig.k must be at least 1, got {self.k}")
         if not 0 <= self.easy_below <= self.hard_from <= 1: raise ValueError(
             f"DifficultyConfig: needs 0 <= easy_below <= hard_from <= 1, got {self.easy_below} and {self.hard_from}")
@@ -59,7 +62,7 @@ def summarise(
                bin=bin_of(difficulty, cfg))
     return out | (dict(accuracy=float(np.mean([p.choice == s.answer for p in parsed]))) if s.options else {})
 
-# %% ../nbs/41_difficulty.ipynb #71a7cf7f
+# %% ../nbs/41_difficulty.ipynb #1b5b38b4
 def check_scorable(
     samples, # list of `Sample`
 ):
@@ -78,7 +81,7 @@ def estimate(
     read=None, # path -> Clip, instead of reading files
     progress:bool=True, # show a progress bar
 ): # Counts of all findings
-    "Answer each sample K times and write how hard it is"
+    "Answer each sample of the part K times, longest video first, and write how hard it is"
     check_scorable(samples)
     shape = model_shape(policy)
     def work(pairs):
@@ -89,10 +92,11 @@ def estimate(
                 for (s, _), t, n in zip(pairs, texts, costs, strict=True)]
     broken = lambda s, why: dict(qid=s.qid, k=0, ious=[], mean_iou=None, std_iou=None, hit_rate=None, unparsable=None,
                                  difficulty=None, bin=None, miss_reason=f"video could not be read: {why}")
+    samples = fold_of(samples, cfg.fold_size, cfg.fold_index)
     return run_batches(samples, work, broken, ledger, read or clip_reader(policy, frame_spec, cache), cfg.batch_size,
                        cfg.max_broken_share, cfg.readers, "difficulty", progress)
 
-# %% ../nbs/41_difficulty.ipynb #783f502a
+# %% ../nbs/41_difficulty.ipynb #dc315619
 def plot_difficulty(
     rows, # difficulty rows
     bars:int=20, # over difficulty in [0,1]
@@ -102,7 +106,7 @@ def plot_difficulty(
     good = [r for r in rows if r["difficulty"] is not None]
     if not good: raise ValueError("plot_difficulty: no finding with a difficulty; run estimate first")
     fig, ax = plt.subplots(figsize=(5, 2.6), layout="constrained")
-    for b, color in (("easy", "C2"), ("medium", "C0"), ("hard", "C3")):
+    for b, color in (("easy", "#1b7f72"), ("medium", "#27508f"), ("hard", "#e76f51")):
         d = [r["difficulty"] for r in good if r["bin"] == b]
         ax.hist(d, np.linspace(0, 1, bars + 1), color=color, label=f"{b}: {len(d)} ({len(d)/len(good):.0%})")
     ax.set(xlabel="difficulty (1 - mean tIoU)", ylabel="samples", xlim=(0, 1))
