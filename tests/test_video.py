@@ -3,6 +3,8 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from dataclasses import replace
 from fractions import Fraction
@@ -14,10 +16,21 @@ import numpy as np
 import pytest
 
 from videotg_r1.decode import VideoError, decord_frames, pyav_frames, scan, write_mp4
-from videotg_r1.video import FrameCache, FrameSpec, probe, read_clip, stop_workers
+from videotg_r1.video import (
+    DecodeWorker,
+    FrameCache,
+    FrameSpec,
+    WorkerLost,
+    file_identity,
+    probe,
+    quarantined,
+    read_clip,
+    stop_workers,
+)
 from videotg_r1.video import _worker as worker
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT/"tests/fuzz"))
 CLIPS = Path(os.environ.get("VTG_SHARED_DATA", ROOT.parent/"shared"/"data"))/"clips"
 SMALL = FrameSpec(fps=2, min_pixels=28*28, max_pixels=56*56)
 real = pytest.mark.skipif(not CLIPS.is_dir(), reason=f"no real clips: {CLIPS} is absent (set VTG_SHARED_DATA)")
@@ -315,3 +328,106 @@ def test_the_two_decoders_behind_one_plan(tmp_path):
         a = decord_frames(path, info, np.asarray(index), 28, 56)
         b,_ = pyav_frames(path, info, np.asarray(index), 28, 56)
         assert a.shape == b.shape == (len(index),28,56,3) and np.abs(a.astype(int) - b).max() <= 3
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    "An endless device, a pipe that nobody writes to, a folder, links to nothing and to themselves"
+    (tmp_path/"zero.mp4").symlink_to("/dev/zero"); os.mkfifo(tmp_path/"pipe.mp4"); (tmp_path/"folder.mp4").mkdir()
+    (tmp_path/"gone.mp4").symlink_to("nowhere.mp4"); (tmp_path/"loop.mp4").symlink_to("loop.mp4")
+    for name, word in dict(zero="not a regular file", pipe="not a regular file", folder="not a regular file", gone="no such file", loop="no such file").items():
+        with pytest.raises(VideoError, match=word): read_clip(tmp_path/f"{name}.mp4", SMALL, timeout_s=20)
+        with pytest.raises(VideoError): read_clip(tmp_path/f"{name}.mp4", SMALL, FrameCache(tmp_path/"cache"), timeout_s=20)
+
+def test_a_file_that_grows_while_it_is_read_ends_in_time(tmp_path):
+    path, stop = encode(tmp_path/"live.ts", grey(96)), threading.Event()
+    more = path.read_bytes()
+    def grow():
+        with open(path, "ab") as f:
+            while not stop.is_set() and f.tell() < 200 << 20: f.write(more); f.flush()
+    t = threading.Thread(target=grow); t.start()
+    began = time.monotonic()
+    try: read_clip(path, SMALL, timeout_s=2)
+    except VideoError as e: assert "\n" not in str(e)
+    finally: stop.set(); t.join()
+    assert time.monotonic() - began < 60
+
+def test_a_decoder_that_crashes_is_named_and_replaced(tmp_path):
+    path = write_mp4(tmp_path/"a.mp4", grey(16, 56), fps=4)
+    for how in (signal.SIGSEGV, signal.SIGKILL):
+        read_clip(path, SMALL)
+        child = worker(3 << 30).child.pid
+        os.kill(child, signal.SIGSTOP)                           # so that it surely dies with the question unanswered
+        killer = threading.Timer(.3, os.kill, (child, how)); killer.start()
+        if how != signal.SIGKILL: threading.Timer(.4, os.kill, (child, signal.SIGCONT)).start()
+        with pytest.raises(VideoError, match=f"the decoder died .exit -{how.value}"): read_clip(path, replace(SMALL, decoder="pyav"), timeout_s=60)
+        killer.join()
+        assert len(read_clip(path, SMALL).frames) == 8
+
+LIAR = """
+import json, struct, sys
+def say(o): t = json.dumps(o).encode(); sys.stdout.buffer.write(struct.pack('<I', len(t)) + t); sys.stdout.flush()
+{what}
+sys.stdin.read()
+"""
+@pytest.mark.parametrize("what", ["say({'shape': [10**6, 10**6, 3]})", "say({'shape': [-1, 4]})", "sys.stdout.buffer.write(struct.pack('<I', 2**32 - 1)); sys.stdout.flush()",
+                                  "sys.exit(3)"])
+def test_a_child_that_lies_is_not_believed(what):
+    "A decoder that a file has taken over answers what it likes"
+    w = DecodeWorker(1 << 30)
+    w.child = subprocess.Popen([sys.executable, "-c", LIAR.format(what=what)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    w.words, w.pid, w.answers = tempfile.TemporaryFile("a+b"), os.getpid(), 0
+    with pytest.raises(WorkerLost): w.ask({"do": "scan", "path": "x"}, 20)
+    assert w.child is None
+
+def test_the_child_holds_no_secrets_and_no_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_SECRET_TOKEN", "canary-in-the-environment")
+    path = write_mp4(tmp_path/"a.mp4", grey(16, 56), fps=4)
+    stop_workers(); read_clip(path, SMALL)
+    child = worker(3 << 30).child.pid
+    assert b"canary" not in Path(f"/proc/{child}/environ").read_bytes()
+    limits = Path(f"/proc/{child}/limits").read_text()
+    assert str(64 << 20) in limits.split("Max file size")[1].split("\n")[0] and "unlimited" not in limits.split("Max address space")[1].split("\n")[0][:40]
+    status = Path(f"/proc/{child}/status").read_text()
+    assert "NoNewPrivs:\t1" in status
+    code = "from videotg_r1.decode import _leave_network as leave; import os; a = os.readlink('/proc/self/ns/net'); leave(); print(a != os.readlink('/proc/self/ns/net'))"
+    if "True" not in subprocess.check_output([sys.executable, "-c", code], text=True, cwd=ROOT): pytest.skip("this kernel or container forbids unshare: the child keeps the network")
+    assert os.readlink(f"/proc/{child}/ns/net") != os.readlink("/proc/self/ns/net")
+
+
+def test_quarantine_spares_the_next_reader_and_forgets_a_repaired_file(tmp_path):
+    path, cache = write_mp4(tmp_path/"a.mp4", grey(16, 56), fps=4), FrameCache(tmp_path/"cache")
+    read_clip(path, SMALL)
+    os.kill(worker(3 << 30).child.pid, signal.SIGSTOP)           # a hang: costs its limit once
+    pyav = replace(SMALL, decoder="pyav")
+    with pytest.raises(VideoError, match="no answer"): read_clip(path, pyav, cache, timeout_s=1)
+    with pytest.raises(VideoError, match="no answer.*quarantine.jsonl"): read_clip(path, pyav, FrameCache(cache.folder), timeout_s=1)
+    row, = quarantined(cache.folder)
+    assert (row["video"], row["bytes"], row["sha256"]) == (str(path), path.stat().st_size, file_identity(path)[2]) and "pyav (av " in row["decoder"]
+    assert len(read_clip(path, SMALL, cache).frames) == 8        # other settings are another question
+    write_mp4(path, grey(24, 56), fps=4)
+    assert len(read_clip(path, pyav, cache).frames) == 12 and quarantined(cache.folder) == []
+    with pytest.raises(VideoError, match="no such file"): read_clip(tmp_path/"b.mp4", SMALL, cache)
+    assert [r["reason"] for r in quarantined(cache.folder)] == ["no such file"]
+    write_mp4(tmp_path/"b.mp4", grey(16, 56), fps=4)
+    assert len(read_clip(tmp_path/"b.mp4", SMALL, cache).frames) == 8 and quarantined(cache.folder) == []
+
+def test_quarantine_of_many_processes_at_once(tmp_path):
+    pids = []
+    for k in range(4):
+        if not (pid := os.fork()):
+            try:
+                cache = FrameCache(tmp_path)
+                for i in range(10): cache.set_aside(f"{k}-{i}", VideoError(tmp_path/f"{k}-{i}.mp4", "no such file"), SMALL)
+                cache.set_aside("same", VideoError(tmp_path/"same.mp4", "no such file"), SMALL)
+                os._exit(0)
+            finally: os._exit(1)
+        pids.append(pid)
+    assert [os.waitstatus_to_exitcode(os.waitpid(p, 0)[1]) for p in pids] == [0]*4
+    assert len(quarantined(tmp_path)) == 41 and len((tmp_path/"quarantine.jsonl").read_text().splitlines()) == 41
+
+def test_forty_mutants():
+    "A slice of `make fuzz`, which reads 2,000"
+    from mutants import run
+    counts, wrong = run(40, seed=7, workers=1, say=lambda *a, **k: None, most=20_000)
+    assert wrong == [] and sum(counts.values()) == 80
+    assert len({kind for kind, _, _ in counts}) >= 8 and {"read", "refused"} <= {o for _, _, o in counts}
