@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 \
 	DISABLE_TELEMETRY=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv quickstart test lab clean
+.PHONY: help venv quickstart test fuzz explore lab docs clean
 help:  ## what can be made
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 20
 
@@ -34,8 +34,24 @@ quickstart: $(STAMP)  ## the whole method on two CPU cores; ends with reports/qu
 test: $(STAMP)  ## export and clean change nothing, ruff, every notebook, then pytest
 	@$(OFFLINE) bash .ci/gate $(BIN)
 
+explore: $(STAMP)  ## every explore notebook, top to bottom; in JupyterLab and a browser too where playwright and chromium are there
+	$(OFFLINE) $(BIN)/nbdev_test nbs/explore --n-workers $(JOBS) --timing
+	VTG_EXPLORE=1 $(OFFLINE) $(BIN)/python -m pytest tests/test_browser.py
+
+FUZZ ?= 10000
+MUTANTS ?= 2000
+SOAK ?= 20000
+fuzz: $(STAMP)  ## every parser on FUZZ inputs, MUTANTS damaged videos, SOAK decodes in one process; half an hour
+	$(OFFLINE) $(BIN)/python tests/fuzz/targets.py $(FUZZ) --atheris
+	$(OFFLINE) $(BIN)/python tests/fuzz/mutants.py $(MUTANTS) --workers $(JOBS)
+	$(OFFLINE) $(BIN)/python tests/fuzz/soak.py $(SOAK)
+
 lab: $(STAMP)  ## JupyterLab on this folder, with ARGS; notebooks are cleaned on save
 	JUPYTER_CONFIG_DIR="$(CURDIR)/.jupyter" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
+docs: $(STAMP)  ## the documentation site; ends with docs/_build/html/index.html
+	@$(BIN)/python -m pip install --disable-pip-version-check -qq -c constraints.txt -e '.[docs]'
+	$(OFFLINE) $(BIN)/python docs/build.py && echo "$(CURDIR)/docs/_build/html/index.html"
+
 clean:  ## removes runs and caches; keeps .venv and reports
-	rm -rf runs .cache build *.egg-info .pytest_cache .ruff_cache
+	rm -rf runs .cache build docs/_build *.egg-info .pytest_cache .ruff_cache

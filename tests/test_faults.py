@@ -273,8 +273,8 @@ def clock_calls(path):
 
 def test_nothing_is_computed_from_the_time_of_day():
     found = {f"{p.stem}.{f}" for p in (ROOT/"videotg_r1").glob("*.py") for f in clock_calls(p)}
-    # a date for people, and two ages of files, which have no other clock: leftovers of a cache, and when a status was written
-    assert found == {"stages.record_start", "video.trim", "watch.run_progress"}, "durations are of time.monotonic or time.perf_counter"
+    # a date for people, a server's date to wait for, and two ages of files, which have no other clock: a cache's leftovers, a status
+    assert found == {"judge.wait_asked", "stages.record_start", "video.trim", "watch.run_progress"}, "durations are of time.monotonic or time.perf_counter"
 
 
 def test_a_clock_that_jumps_moves_no_limit(tmp_path, monkeypatch):

@@ -391,7 +391,7 @@ def _question_loss(policy, head, batch, device, gen, aux_weight):
     aux = head(visual, dense)
     return lm+aux_weight*aux, lm, aux
 
-# %% ../nbs/32_tiny.ipynb #bb30772d
+# %% ../nbs/32_tiny.ipynb #da73a791
 def as_is(batch): return batch
 
 def train_base(
@@ -405,8 +405,8 @@ def train_base(
     policy.model.to(device)
     head, half = Perception(256).to(device), device == "cuda"
     fuse_norms(policy.model)
-    opt, t0 = MasterAdamW([policy.model, head], cfg.lr, half), time.time()
-    _perceive(policy, head, opt, cfg, device, lambda row: log(dict(row, seconds=time.time()-t0)))
+    opt, t0 = MasterAdamW([policy.model, head], cfg.lr, half), time.monotonic()
+    _perceive(policy, head, opt, cfg, device, lambda row: log(dict(row, seconds=time.monotonic()-t0)))
     gen, decay_from, probe = torch.Generator(device).manual_seed(cfg.seed+1), cfg.steps-cfg.decay_steps, make_probe(policy, cfg.eval_videos)
     batches = torch.utils.data.DataLoader(Corpus(policy.tokenizer, cfg), batch_size=None, num_workers=workers,
                                           collate_fn=as_is, prefetch_factor=4 if workers else None)
@@ -414,7 +414,7 @@ def train_base(
         policy.model.train()
         loss, lm, aux = _question_loss(policy, head, batch, device, gen, cfg.aux_weight)
         opt.step(loss, learning_rate(cfg, i, decay_from))
-        row = dict(step=i+1, seconds=time.time()-t0)
+        row = dict(step=i+1, seconds=time.monotonic()-t0)
         if i % 100 == 0: log(dict(row, stage="questions", lm=lm.item(), aux=aux.item()))
         if (i+1) % cfg.eval_every == 0 and log(dict(row, stage="held out", **held_out(policy, probe))): decay_from = min(decay_from, i+1)
         if i+1 >= decay_from+cfg.decay_steps: break

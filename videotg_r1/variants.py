@@ -52,11 +52,11 @@ def open_cache(
     from videotg_r1.video import FrameCache
     return FrameCache(repo_path(folder))
 
-# %% ../nbs/61_variants.ipynb #cb466fb5
+# %% ../nbs/61_variants.ipynb #bb2f6201
 def open_ledger(
     path, # file of the ledger
     stage:str, # who writes it
-    policy, # Policy that makes the findings
+    policy, # Policy, or Judge, that makes the findings
     cfg, # settings of the stage
     spec, # FrameSpec
     samples, # path of the samples, or the samples
@@ -65,7 +65,8 @@ def open_ledger(
     if isinstance(samples, (str, Path)): samples = read_samples(repo_path(samples))
     asked = [[s.qid, s.vid, s.query, s.duration_s, s.spans, s.options, s.answer] for s in samples]
     from videotg_r1.training import weights_digest
-    return Ledger(path, dict(stage=stage, model=Path(policy.name).name, weights=weights_digest(policy.model), settings=to_params(cfg),
+    weights = policy.identity if hasattr(policy, "identity") else weights_digest(policy.model) # a Judge has no weights here
+    return Ledger(path, dict(stage=stage, model=Path(policy.name).name, weights=weights, settings=to_params(cfg),
                              frames=to_params(spec), samples=fingerprint(asked)))
 
 # %% ../nbs/61_variants.ipynb #2526dcda
