@@ -33,7 +33,8 @@ def prompts(p):
 
 def with_lora(p):
     from peft import LoraConfig, get_peft_model
-    with warnings.catch_warnings(action="ignore"):
+    with warnings.catch_warnings(action="ignore"), torch.random.fork_rng(): # some draws make the shipped model so rough that rounding shows at 1e-5
+        torch.manual_seed(0)
         p.model = get_peft_model(p.model, LoraConfig(r=4, target_modules=r".*language_model.*(q_proj|v_proj|down_proj)", init_lora_weights=False))
     return p
 
