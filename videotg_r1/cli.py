@@ -239,23 +239,25 @@ def torture(
     for o in found: say(o)
     return int(bool(found))
 
-# %% ../nbs/82_cli.ipynb #c9d0c3d4
+# %% ../nbs/82_cli.ipynb #32ab9810
 def data_files(
     args, # name, root, train, heldout, videos
 )->tuple: # (list of Part, settings of the check)
     "The annotation files that are meant, and how to read them"
     d, c = lib("datasets"), lib("dataset_checks")
     at = lambda p: Path(p).resolve() if Path(p).exists() else d.repo_path(p) # seen from here, or from the root of the repository
-    given = dict(policy=args.policy, filters=pairs(args.filters), allow_leak=args.allow_leak, root=at(args.root))
+    root = at(args.root or "data")
+    given = dict(policy=args.policy, filters=pairs(args.filters), allow_leak=args.allow_leak, root=root)
     if args.name in d.SETS:
-        files = [d.Part(role, args.name, at(p), tuple(map(at, args.videos.split(" + "))) if args.videos else tuple(d.video_folders(args.name, at(args.root))), split)
+        files = [d.Part(role, args.name, at(p), tuple(map(at, args.videos.split(" + "))) if args.videos else tuple(d.video_folders(args.name, root)), split)
                  for role,p,split in (("train", args.train, "train"), ("heldout", args.heldout, "test")) if p]
-        return files or c.set_parts(args.name, at(args.root)), given
+        return files or c.set_parts(args.name, root), given
     try: p = params_of(args.name).get("prepare") or {}
     except ValueError:
         if not args.name.endswith((".yaml", ".yml")): d.known_set(args.name) # a misspelt set is told the nearest
         raise
     if p.get("source", "synthetic") == "synthetic": raise ValueError(f"{args.name}: its data are rendered by the run, there is nothing to check")
+    if args.root: p = p | dict(root=str(root))
     given |= {k: p[k] for k in ("policy", "filters", "allow_leak") if k in p} | dict(root="")
     return d.data_parts(*(p.get(k, "") for k in ("source", "train", "heldout", "videos", "root", "report_on"))), given
 
@@ -265,7 +267,7 @@ def data(
     "check a data set, or the data of a params file: counts, spans, videos, lengths, leaks; writes a page with histograms"
     c = lib("dataset_checks")
     parts, given = data_files(args)
-    out = lib("datasets").repo_path(args.out or f"runs/data/{lib('records').safe_name(Path(args.name).stem)}")
+    out = Path(args.out).resolve() if args.out else lib("datasets").repo_path(f"runs/data/{lib('records').safe_name(Path(args.name).stem)}")
     report = c.check_parts(parts, args.name, out=out, depth=args.check, workers=args.workers, **given)
     say(c.as_text(report))
     say(f"{out/'report.html'}")
@@ -299,7 +301,7 @@ RUNS = ("--runs", dict(default="runs", help="folder of the run folders (default:
 VALUES = ("values", dict(nargs="*", metavar="name=value", help="values, read as YAML"))
 FORCE = ("--force", dict(action="store_true", help="replace results of other parameters instead of refusing"))
 
-# %% ../nbs/82_cli.ipynb #b173845f
+# %% ../nbs/82_cli.ipynb #633d6d47
 VERBS = {
     "run": (run, [PARAMS, ("--jobs", dict(type=int, default=0, help="stages at once (default: one where a GPU is used, else one for each core, 4 at most)")), FORCE,
                   ("--only", dict(default="", help="names of stages to run, by commas; no report is written")), RUNS,
@@ -325,7 +327,7 @@ VERBS = {
     "watch": (watch, [("run", dict(help="name of a run, or its folder")), RUNS, ("--every", dict(type=float, default=5., help="seconds between looks (default: 5)")),
                       ("--once", dict(action="store_true", help="look once"))]),
     "data": (data, [("name", dict(help="a set, as in charades_sta or jsonl, or a params file")),
-                    ("--root", dict(default="data", help="folder of the sets, in VideoMind's layout (default: data)")),
+                    ("--root", dict(default="", help="folder of the sets, in VideoMind's layout (default: data, or what the params file says)")),
                     ("--train", dict(default="", help="annotation file that trains, instead of the layout's")),
                     ("--heldout", dict(default="", help="annotation file that is reported on, instead of the layout's")),
                     ("--videos", dict(default="", help="folder of the videos, instead of the layout's; several joined by ' + '")),
