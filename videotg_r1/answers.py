@@ -200,7 +200,7 @@ def _json_truths(path, data):
     raise ValueError(f"{path}: not a truth file of a known shape (charades_sta txt, ActivityNet, NExT-GQA, TimeChat or TimeLens json, "
                      "or rows with qid and spans): convert it to jsonl rows with qid, vid and spans")
 
-# %% ../nbs/24_answers.ipynb #365041c6
+# %% ../nbs/24_answers.ipynb #0bcc7f3b
 def json_span(
     text, # "(1.5, 20)" or "[1.5, 20]"
 )->list: # of numbers
@@ -212,6 +212,7 @@ def read_truths(
     path, # annotation file, in one of the shapes above
 )->tuple: # (list of `Truth`, how many queries have no span and were left out)
     "What is right, for every query that can be scored"
+    if Path(path).suffix == ".csv": path = Path(path).with_name(f"gsub_{Path(path).stem}.json") # NExT-GQA's questions: its spans lie beside
     if Path(path).suffix == ".txt": rows = _charades(path)
     elif Path(path).suffix == ".jsonl":
         rows = [(f"row {n}", o) for n,o in enumerate(read_jsonl(path), 1)]
