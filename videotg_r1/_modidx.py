@@ -338,7 +338,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   'videotg_r1/difficulty.py'),
                                        'videotg_r1.difficulty.summarise': ('difficulty.html#summarise', 'videotg_r1/difficulty.py')},
             'videotg_r1.doctor': { 'videotg_r1.doctor.Card': ('doctor.html#card', 'videotg_r1/doctor.py'),
-                                   'videotg_r1.doctor.Finding': ('doctor.html#finding', 'videotg_r1/doctor.py'),
                                    'videotg_r1.doctor.answer_finding': ('doctor.html#answer_finding', 'videotg_r1/doctor.py'),
                                    'videotg_r1.doctor.decoder_findings': ('doctor.html#decoder_findings', 'videotg_r1/doctor.py'),
                                    'videotg_r1.doctor.doctor': ('doctor.html#doctor', 'videotg_r1/doctor.py'),

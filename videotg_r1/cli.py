@@ -76,7 +76,7 @@ def stage(
     say(f"{status}: {s.repo_path(folder)}")
     return 0
 
-# %% ../nbs/82_cli.ipynb #654355b5
+# %% ../nbs/82_cli.ipynb #afdf725e
 def preflight(
     args, # params, runs
 )->int: # 1 if something is missing
@@ -84,7 +84,7 @@ def preflight(
     return show_findings(lib("preflight").preflight(params_of(args.params), args.runs))
 
 def show_findings(
-    found, # of `doctor.Finding`
+    found, # of `dataset_checks.Finding`
 )->int: # 1 if something is missing
     "One line for each finding, and one for its repair"
     for o in found: say(f"{o.level:8}{o.what:12} {o.text}" + (f"\n{'':21}-> {o.fix}" if o.fix else ""))

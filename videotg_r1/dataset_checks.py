@@ -26,11 +26,11 @@ from .ledger import Ledger
 from .records import printable, write_atomic
 from .video import DecodeWorker, FrameSpec, WorkerLost
 
-# %% ../nbs/15_dataset_checks.ipynb #75f69607
+# %% ../nbs/15_dataset_checks.ipynb #e6cd022a
 @dataclass(frozen=True)
 class Finding:
     "One thing that was looked at"
-    level: str # ok, note or missing
+    level: str # ok, note (something to know), or missing (cannot go on without it)
     what: str # model, annotations, rows, spans, videos, lengths, leak, memory, time, disk, ...
     text: str # what was found, and what to do
     fix: str = "" # a repair that `text` does not say

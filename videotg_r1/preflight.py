@@ -6,7 +6,7 @@
 __all__ = ['SHARE', 'PEAK', 'CPU_FLOPS', 'BILLIONS', 'check_model', 'check_part', 'check_data', 'parameters_of', 'visual_tokens',
            'memory_need', 'flops_need', 'training_flops', 'duration_text', 'price', 'estimates', 'listed', 'preflight']
 
-# %% ../nbs/81_preflight.ipynb #cd085a3b
+# %% ../nbs/81_preflight.ipynb #75bd2eb5
 import shutil
 import tempfile
 from pathlib import Path
@@ -14,8 +14,8 @@ from pathlib import Path
 import videotg_r1
 from .config import from_params
 from .datasets import FilterConfig, counted, data_parts, filtered, leak, read_set, repo_path
-from .dataset_checks import look_at_all
-from .doctor import Finding, gpus, hub_cache, ram_gb
+from .dataset_checks import Finding, look_at_all
+from .doctor import gpus, hub_cache, ram_gb
 from .records import write_jsonl
 from .stages import check_params, plan_run, stage_notebook
 

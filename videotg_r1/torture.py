@@ -8,9 +8,8 @@ __all__ = ['WATCHED', 'WRITING', 'KINDS', 'LEDGERS', 'VOLATILE', 'STILL', 'watch
            'check_kept', 'steady', 'rows_of', 'weights_of', 'job_differences', 'first_difference', 'still',
            'still_copy', 'cells_of', 'report_differences', 'peace', 'torture']
 
-# %% ../nbs/83_torture.ipynb #77787fef
+# %% ../nbs/83_torture.ipynb #741c1015
 import errno
-import hashlib
 import json
 import os
 import random
@@ -26,7 +25,7 @@ from pathlib import Path
 from .datasets import repo_path
 from .ledger import locked, seal_line, sealed_rows, write_atomic
 from .records import to_json
-from .stages import nearest, plan_run, read_json
+from .stages import file_sha, nearest, plan_run, read_json
 
 # %% ../nbs/83_torture.ipynb #88c16292
 WATCHED = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
@@ -239,7 +238,7 @@ def check_kept(
 
 LEDGERS = ("reflections.jsonl", "difficulties.jsonl", "predictions.jsonl")
 
-# %% ../nbs/83_torture.ipynb #a035fe58
+# %% ../nbs/83_torture.ipynb #1b76e6f3
 VOLATILE = ("seconds", "elapsed_s", "step_time", "cpu_seconds", "peak_rss_gb", "peak_gpu_gb", "wall_s", "started", "attempts", "command",
             "resumed_from", "latency_s", "_crc")
 
@@ -264,7 +263,7 @@ def weights_of(
     folder, # run folder of a job
 )->dict: # relative path -> sha256 of each file of weights
     "The weights that a job left"
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*.safetensors"))}
+    return {str(p.relative_to(folder)): file_sha(p) for p in sorted(Path(folder).rglob("*.safetensors"))}
 
 # %% ../nbs/83_torture.ipynb #5c0bd9de
 def job_differences(
