@@ -10,16 +10,17 @@ __all__ = ['FAMILIES', 'VISION_TOKENS', 'SPECIAL_TOKENS', 'TAGS', 'CHAT_TEMPLATE
            'Encoded', 'chat_parts', 'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'pair_keys',
            'tower_pass', 'see', 'no_bars', 'save_policy', 'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
 
-# %% ../nbs/30_policy.ipynb #5f63ca5d
+# %% ../nbs/30_policy.ipynb #30410336
 import itertools
 import json
 import re
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, singledispatch
-from hashlib import blake2b
+from hashlib import sha256
 from pathlib import Path
 
 import torch
@@ -121,7 +122,7 @@ def end_ids(
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return tuple(dict.fromkeys([*([ids] if isinstance(ids, int) else ids or ()), tokenizer.eos_token_id]))
 
-# %% ../nbs/30_policy.ipynb #b7de2c50
+# %% ../nbs/30_policy.ipynb #7937dd4d
 @dataclass
 class Policy:
     "A video language model, its tokenizer, and what is needed to feed it"
@@ -171,6 +172,11 @@ class Policy:
     def suppressed_ids(self):
         "Ids that are never sampled"
         return never_sampled(self.tokenizer.get_vocab(), self.config.text_config.vocab_size)
+
+    @cached_property
+    def compiles(self): # bool
+        "Whether it is so large, and on a GPU, that compiled kernels pay"
+        return self.device.type == "cuda" and sum(w.numel() for w in self.model.parameters()) > 10**8
 
     @cached_property
     def features(self):
@@ -274,9 +280,10 @@ def build_policy(
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return prepare(Policy(model.eval(), tokenizer, FAMILIES[family].pixels, family, name))
 
-# %% ../nbs/30_policy.ipynb #55315b7e
+# %% ../nbs/30_policy.ipynb #36edb45c
 CHUNKED = "videotg_flash_chunks"
 
+@torch.compiler.disable
 def chunk_attention(
     module,        # the tower's attention module
     query,         # [1,heads,P,d]
@@ -528,14 +535,18 @@ class FeatureCache:
         self.held[key], self.bytes = value, self.bytes + value.nbytes
         while self.bytes > self.max_bytes: self.bytes -= self.held.popitem(last=False)[1].nbytes
 
-# %% ../nbs/30_policy.ipynb #7ae5f6ce
+# %% ../nbs/30_policy.ipynb #de424672
 def pair_keys(
-    encoded, # Encoded
-): # list of keys, one for each pair
+    encodeds, # list of Encoded
+): # for each a list of keys, one for each pair
     "What tells one pair of frames from another"
-    _, h, w = encoded.grid_thw[0].tolist()
-    pairs = encoded.frames.numpy().reshape(int(encoded.grid_thw[0, 0]), -1)
-    return [(h, w, blake2b(o, digest_size=16).digest()) for o in pairs]
+    pairs = [e.frames.numpy().reshape(int(e.grid_thw[0, 0]), -1) for e in encodeds]
+    rows, digest = [row for clip in pairs for row in clip], lambda row: sha256(row).digest()[:16]
+    if sum(row.nbytes for row in rows) < 1 << 22: found = map(digest, rows)
+    else:
+        with ThreadPoolExecutor() as pool: found = pool.map(digest, rows)     # hashing lets go of the interpreter
+    found = iter(found)
+    return [[(*e.grid_thw[0, 1:].tolist(), next(found)) for _ in clip] for e, clip in zip(encodeds, pairs, strict=True)]
 
 def tower_pass(
     policy, # Policy
@@ -549,7 +560,7 @@ def tower_pass(
     rows = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or ())], -1)
     return rows.view(width, -1, rows.shape[-1])[:len(pairs)]
 
-# %% ../nbs/30_policy.ipynb #9ec4b381
+# %% ../nbs/30_policy.ipynb #8cb3288f
 def see(
     policy,     # Policy whose tower stays as it is while the features are used
     encodeds,   # list of Encoded
@@ -558,7 +569,7 @@ def see(
 ): # (new Encodeds with `features`, number of pairs that went through the tower)
     "Look at each different pair of frames once"
     cache = (policy.features if cache is None else cache).of(unwrap(policy.model).model.visual)
-    keys, pair_of, known, n = [pair_keys(e) for e in encodeds], {}, {}, policy.processor.frames_per_pair
+    keys, pair_of, known, n = pair_keys(encodeds), {}, {}, policy.processor.frames_per_pair
     for e, ks in zip(encodeds, keys, strict=True):
         for k, o in zip(ks, e.frames.split(n), strict=True): pair_of.setdefault(k, o)
     for k in pair_of:
