@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'GRPOSettings', 'reward_parts', 'check_grpo', 'part_size', 'grpo_args', 'View', 'VideoGRPO', 'reference',
-           'reward_column', 'pass_flops', 'grpo_trainer_class', 'train_grpo', 'check_sample']
+           'reward_column', 'pass_flops', 'pieces', 'grpo_trainer_class', 'train_grpo', 'check_sample']
 
-# %% ../nbs/51_grpo.ipynb #066ee518
+# %% ../nbs/51_grpo.ipynb #400e61b2
 from dataclasses import dataclass, field
 from functools import cache, partial
 from statistics import mean
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .batches import task_prompt, within_memory
 from .compute import flops, model_shape, text_flops, vision_flops
 from .config import settings, to_params
-from .engine import prefill, sample, token_logps
+from .engine import compile_layers, prefill, sample, token_logps
 from .ledger import fingerprint
 from .policy import encode, save_policy, see, unwrap
 from .policy import frame_spec as policy_frames
@@ -25,23 +25,26 @@ from .records import Sample
 from .rewards import reward_weights, score_completion
 from .sft import check_settings
 from videotg_r1.training import (
+    Pool,
     RunTrainer,
     check_context,
     check_trl,
+    bring_home,
     common_args,
+    learner,
     lora_config,
     prompt_order,
     quiet,
-    read_sample,
     run_meta,
     set_trainable,
+    sharded,
     train_run,
     training_dtype,
     usable_rewards,
     world_size,
 )
 
-# %% ../nbs/51_grpo.ipynb #6298d247
+# %% ../nbs/51_grpo.ipynb #55148e10
 @settings
 class GRPOSettings:
     "All choices of a GRPO run"
@@ -77,6 +80,7 @@ class GRPOSettings:
     precision:str = "fp32" # fp32, or bf16 under autocast with fp32 weights
     gradient_checkpointing:bool = False # recompute activations: less memory, slower
     freeze_vision:bool = False # leave the vision tower as it is
+    compile:bool = False # compile the layers of the model: a minute at first, then faster steps; only on a GPU
     lora_r:int = 0 # rank of adapters on the language model; 0: train the weights
     lora_alpha:int = 16 # scale of the adapters
     lora_dropout:float = 0. # in the adapters
@@ -86,6 +90,7 @@ class GRPOSettings:
     keep_checkpoints:int = 2 # newest ones kept; above 2 also after the end
     logging_steps:int = 1 # steps between rows of the history
     report_to:str = "none" # send the history's rows to tensorboard, wandb or trackio as well
+    max_broken_share:float = .01 # share of samples whose video may be unreadable
     def __post_init__(self): check_grpo(self)
 
 # %% ../nbs/51_grpo.ipynb #b7f46c33
@@ -165,33 +170,32 @@ class View:
         "Whether sampling saw something else than training"
         return self.drawn is not self.trained
 
-# %% ../nbs/51_grpo.ipynb #92d5195a
+# %% ../nbs/51_grpo.ipynb #da55fd86
 class VideoGRPO(RunTrainer):
     "What GRPO on videos changes in TRL's trainer"
     def __init__(self,
         policy, # Policy to train
-        samples, # list of Sample
+        pool:Pool, # samples and their clips
         cfg:GRPOSettings, # all choices
         args, # trl.GRPOConfig
         order, # qids in the order of use, one for each prompt of the run
-        spec, # FrameSpec
-        cache=None, # FrameCache
         curriculum=None, # Curriculum
         bins=None, # dict qid -> difficulty bin
         reward_fns=None, # dict name -> (text, sample) -> float or None
+        model=None, # transformers model to train; None: the policy's own
     ):
         from datasets import Dataset
-        self.policy, self.cfg, self.spec, self.cache, self.curriculum = policy, cfg, spec, cache, curriculum
-        self.samples, self.bins, self.shape = {s.qid: s for s in samples}, bins or {}, model_shape(policy)
+        self.policy, self.pool, self.cfg, self.curriculum = policy, pool, cfg, curriculum
+        self.samples, self.bins, self.shape = {s.qid: s for s in pool.samples}, bins or {}, model_shape(policy)
         self.views, self._made_at, self.order, self.ahead = [], -1, order, None
         self.frozen = bool(cfg.freeze_vision or cfg.lora_r)
         self._rows = self._sampled = self._live = self._prompts = None
         ref, args.beta = reference(policy, cfg), 0.
-        super().__init__(model=unwrap(policy.model), args=args, processing_class=policy.tokenizer,
+        super().__init__(model=unwrap(policy.model) if model is None else model, args=args, processing_class=policy.tokenizer,
             reward_funcs=[reward_column(name, self.samples, cfg, (reward_fns or {}).get(name)) for name in reward_parts(cfg)],
             train_dataset=Dataset.from_dict({"qid": order, "prompt": order}), peft_config=lora_config(cfg))
         args.beta = self.beta = cfg.beta
-        if ref is not None: self.ref_model = self.accelerator.prepare_model(ref, evaluation_mode=True)
+        if ref is not None: self.ref_model = ref if sharded() else self.accelerator.prepare_model(ref, evaluation_mode=True)
 
 # %% ../nbs/51_grpo.ipynb #b0ca79a7
 def reference(
@@ -222,30 +226,29 @@ def reward_column(
     column.__name__ = name
     return column
 
-# %% ../nbs/51_grpo.ipynb #94501f45
+# %% ../nbs/51_grpo.ipynb #09bbe4e1
 @patch
 def clips(self:VideoGRPO,
     qids, # of this process's prompts of a generation
-): # list of Clip
+): # list of (Sample, Clip)
     "The clips of this generation; those of the next one are on their way"
     from concurrent.futures import ThreadPoolExecutor
     if self.ahead is None: self.ahead = ThreadPoolExecutor(1, thread_name_prefix="next_clips"), {}
     (pool, held), n, rank = self.ahead, len(qids), self.accelerator.process_index
-    read = lambda q: read_sample(self.samples[q], self.spec, self.cache)
-    found = [held[q].result() if q in held else read(q) for q in qids]
+    found = [held[q].result() if q in held else self.pool.turn(q) for q in qids]
     each = self.args.steps_per_generation*self.num_iterations
     at = (self._step//each + 1)*n*self.accelerator.num_processes + rank*n
-    self.ahead = pool, {q: pool.submit(read, q) for q in self.order[at:at + n]}
+    self.ahead = pool, {q: pool.submit(self.pool.turn, q) for q in self.order[at:at + n]}
     return found
 
-# %% ../nbs/51_grpo.ipynb #88a877bf
+# %% ../nbs/51_grpo.ipynb #a993654c
 @patch
 def look(self:VideoGRPO,
     qids, # of this process's prompts
 ): # list of View
     "What each prompt shows at this step"
     out, step, total = [], self.state.global_step, self.args.max_steps
-    for s, clip in zip([self.samples[q] for q in qids], self.clips(qids), strict=True):
+    for s, clip in self.clips(qids):
         prompt = task_prompt(s, think=self.cfg.think)
         if self.curriculum is None: shown, drop, info = clip, None, {}
         else: shown, drop, info = self.curriculum.view(s, clip, step, total)
@@ -267,25 +270,29 @@ def seen(self:VideoGRPO,
     rest = iter(both[len(views):])
     return [View(v.sample, e, next(rest) if v.hinted else e, v.info) for v, e in zip(views, both, strict=False)]
 
-# %% ../nbs/51_grpo.ipynb #73b007ba
+# %% ../nbs/51_grpo.ipynb #b72c63c3
 @patch
 def _generate_and_score_completions(self:VideoGRPO, inputs):
     "TRL's, on this step's views"
     import torch
-    G = self.num_generations
-    self.views, self._made_at, self._rows = self.look([x["qid"] for x in inputs[::G]]), self.state.global_step, None
+    G, qids = self.num_generations, [x["qid"] for x in inputs[::self.num_generations]]
+    if sharded(): bring_home(self.model, self.policy)
+    if not self.frozen: vars(self.policy).pop("features", None) # DeepSpeed moves weights without a trace
+    self.views, self._made_at, self._rows = self.look(qids), self.state.global_step, None
+    self.count(unreadable=sum(v.sample.qid != q for v, q in zip(self.views, qids, strict=True)))
+    inputs = [dict(x, qid=self.views[i//G].sample.qid) for i, x in enumerate(inputs)]
     out = super(VideoGRPO, self)._generate_and_score_completions(inputs)
     out["view"] = torch.arange(len(inputs))//G
     return out
 
-# %% ../nbs/51_grpo.ipynb #e1e0e934
+# %% ../nbs/51_grpo.ipynb #1b12fff9
 @patch
 def _generate(self:VideoGRPO, prompts):
     "Answers to each prompt, its video encoded once"
     cfg, drawn = self.cfg, [v.drawn for v in self.views]
     seeds = [int(fingerprint([cfg.seed, self._step, v.sample.qid]), 16) for v in self.views]
     with self.accelerator.autocast():
-        self._prompts = self.read_once() if self.one_pass else None
+        self._prompts = self.in_pieces(lambda: self.read_once() if self.one_pass else None)
         draw = partial(sample, self.policy, drawn, G=cfg.G, temperature=cfg.temperature, top_p=cfg.top_p,
                        max_new_tokens=cfg.max_completion_length, seed=seeds, prompts=self._prompts)
         r = within_memory(self.policy, lambda at_once: draw(batch_size=at_once), 16)
@@ -296,12 +303,12 @@ def _generate(self:VideoGRPO, prompts):
     prompt_ids = [e.input_ids.tolist() for e in drawn for _ in range(cfg.G)]
     return prompt_ids, cut(r.ids), None, texts, cut(r.logps), {}, None, []
 
-# %% ../nbs/51_grpo.ipynb #64450f22
+# %% ../nbs/51_grpo.ipynb #2ab4d75d
 @patch(as_prop=True)
 def one_pass(self:VideoGRPO): # bool
     "Whether sampling and learning can share their reading of the prompts"
     a = self.args
-    return (self.frozen and self.accelerator.num_processes == a.gradient_accumulation_steps == a.steps_per_generation
+    return (self.frozen and not self.at_once and self.accelerator.num_processes == a.gradient_accumulation_steps == a.steps_per_generation
             == self.num_iterations == 1 and not a.gradient_checkpointing and not any(v.hinted for v in self.views))
 
 @patch
@@ -356,7 +363,19 @@ def _prepare_inputs(self:VideoGRPO, generation_batch):
         self._buffered_inputs = split_tensor_dict(self._generate_and_score_completions(generation_batch), n)
     return self._buffered_inputs[self._step % n]
 
-# %% ../nbs/51_grpo.ipynb #446c5c0e
+# %% ../nbs/51_grpo.ipynb #1efab834
+def pieces(
+    n:int, # answers, group after group
+    G:int, # answers of a group
+    most:int, # answers at a time
+): # list of (first, end, answers of each group in it)
+    "Cut answers into pieces that are whole groups, or parts of one"
+    G = min(G, n)
+    if step := most//G*G: return [(a, min(a + step, n), G) for a in range(0, n, step)]
+    cuts = [(a, min(a + most, g + G)) for g in range(0, n, G) for a in range(g, g + G, most)]
+    return [(a, b, b - a) for a, b in cuts]
+
+# %% ../nbs/51_grpo.ipynb #553dddbe
 @patch
 def _get_per_token_logps_and_entropies(self:VideoGRPO, model, input_ids, attention_mask, logits_to_keep, batch_size=None,
                                        compute_entropy=False, compute_aux_loss=False, **unused):
@@ -364,38 +383,44 @@ def _get_per_token_logps_and_entropies(self:VideoGRPO, model, input_ids, attenti
     import torch
     ids, mask = input_ids[:, -logits_to_keep:], attention_mask[:, -logits_to_keep:].bool()
     rows = self._rows if self._rows is not None else torch.arange(len(ids))//self.num_generations
-    n = batch_size or len(ids); g, out = min(n, self.num_generations), []
-    for a in range(0, len(ids), n):
-        encs = [self.views[i].trained for i in rows[a:a + n:g].tolist()]
-        out.append(self.score(model, encs, ids[a:a + n].view(len(encs), g, -1), mask[a:a + n].view(len(encs), g, -1)))
-    logps, entropies = (torch.cat([o.flatten(0, 1) for o in part]) for part in zip(*out, strict=True))
+    def scored():
+        out = []
+        for a, b, g in pieces(len(ids), self.num_generations, min(batch_size or len(ids), self.at_once or len(ids))):
+            encs, cut = [self.views[i].trained for i in rows[a:b:g].tolist()], lambda x: x[a:b].view((b - a)//g, g, -1) # noqa: B023 (used at once)
+            out.append(self.score(model, encs, cut(ids), cut(mask), *(None if x is None else cut(x) for x in (self._live, self._sampled))))
+        return [torch.cat([o.flatten(0, 1) for o in part]) for part in zip(*out, strict=True)]
+    logps, entropies = self.in_pieces(scored)
     if self._rows is not None: self.check_parity(logps.detach(), mask, rows)
     return logps, entropies if compute_entropy else None, None
 
-# %% ../nbs/51_grpo.ipynb #c5025a54
+# %% ../nbs/51_grpo.ipynb #36096f59
 @patch
 def score(self:VideoGRPO,
     model, # what to score with: the policy, possibly wrapped, or the reference
     encodeds, # [B] Encoded
     ids, # [B,g,T] int64
     mask, # [B,g,T] bool
+    live=None, # [B,g,1] bool, answers with an advantage; None: all
+    sampled=None, # [B,g,T] log-probabilities of sampling, which dead groups keep
 ): # ([B,g,T] logps, [B,g,T] entropies)
     "Score groups of answers and count the cost"
     import torch
+    from torch.utils.checkpoint import checkpoint
     on = list(range(len(ids)))
-    if self._live is not None: on = [i for i in on if self._live.view(len(ids), -1)[i].any()] or [0]
+    if live is not None: on = [i for i in on if live[i].any()] or [0]
     encs = [encodeds[i] for i in on]
     once = self._prompts if torch.is_grad_enabled() and len(encodeds) == len(self.views) else None
+    read = partial(token_logps, self.policy, encs, temperature=self.temperature, model=model, with_entropy=True, prompts=once and once.part(on))
     with self.accelerator.autocast():
-        logps, entropies = token_logps(self.policy, encs, ids[on], mask[on], temperature=self.temperature, model=model,
-                                       with_entropy=True, prompts=once and once.part(on))
+        in_piece = self.at_once and torch.is_grad_enabled()
+        logps, entropies = checkpoint(read, ids[on], mask[on], use_reentrant=False) if in_piece else read(ids[on], mask[on])
     if once: self.count(flops=-sum(text_flops(self.shape, len(e), logits=1) for e in encs)) # read with gradients already
     learn = dict(train=True, checkpointing=self.cfg.gradient_checkpointing, vision_trained=not self.cfg.freeze_vision)
     self.count(flops=sum(pass_flops(self.shape, e, m.sum(-1).tolist(), **(learn if torch.is_grad_enabled() else {}))
                          for e, m in zip(encs, mask[on], strict=True)))
     if len(on) == len(ids): return logps, entropies
-    at, old = torch.tensor(on, device=ids.device), self._sampled.view(ids.shape)
-    return old.index_copy(0, at, logps.to(old.dtype)), (-old).index_copy(0, at, entropies.to(old.dtype))
+    at = torch.tensor(on, device=ids.device)
+    return sampled.index_copy(0, at, logps.to(sampled.dtype)), (-sampled).index_copy(0, at, entropies.to(sampled.dtype))
 
 # %% ../nbs/51_grpo.ipynb #74474c66
 @patch
@@ -485,7 +510,7 @@ def grpo_trainer_class(): # class VideoGRPOTrainer(VideoGRPO, trl.GRPOTrainer)
     from trl import GRPOTrainer
     return type("VideoGRPOTrainer", (VideoGRPO, GRPOTrainer), {})
 
-# %% ../nbs/51_grpo.ipynb #aa5312db
+# %% ../nbs/51_grpo.ipynb #aa2e292a
 def train_grpo(
     policy, # Policy to train, changed in place
     samples, # list of Sample
@@ -498,7 +523,7 @@ def train_grpo(
     reward_fns=None, # dict part -> (text, sample) -> float or None, for parts of cfg.rewards that are your own
     progress:bool=True, # show a bar
     accept=(), # settings that may differ from what the run began with, e.g. "settings.grad_accum"
-): # dict: kind, steps, seconds, tokens, compute, last, history, final, resumed_from, damaged, n, fingerprint
+): # dict: kind, steps, seconds, tokens, compute, last, history, final, resumed_from, damaged, set_aside, n, fingerprint
     "Reinforce what scores well, or go on with it"
     check_trl()
     spec = policy_frames(policy) if frame_spec is None else frame_spec
@@ -508,11 +533,13 @@ def train_grpo(
     meta = run_meta("grpo", cfg, policy, samples, frames=spec, reward_fns=sorted(reward_fns or {}),
         curriculum=None if curriculum is None else dict(to_params(curriculum.cfg), difficulties=fingerprint(curriculum.rows)))
     def build():
-        model, gens = unwrap(policy.model), -(-cfg.steps*cfg.grad_accum//(cfg.num_iterations*(cfg.steps_per_generation or cfg.grad_accum)))
+        model, gens = learner(policy, cfg), -(-cfg.steps*cfg.grad_accum//(cfg.num_iterations*(cfg.steps_per_generation or cfg.grad_accum)))
         args = grpo_args(cfg, out_dir, policy.device.type, world_size())
         set_trainable(model, cfg.freeze_vision); training_dtype(model)
+        if cfg.compile and policy.device.type == "cuda": compile_layers(policy)
         order = prompt_order(len(samples), gens*args.generation_batch_size//cfg.G, cfg.seed)
-        return grpo_trainer_class()(policy, samples, cfg, args, [samples[i].qid for i in order], spec, cache, curriculum, bins, reward_fns)
+        pool = Pool(samples, spec, cache, out_dir, cfg.max_broken_share)
+        return grpo_trainer_class()(policy, pool, cfg, args, [samples[i].qid for i in order], curriculum, bins, reward_fns, model)
     return train_run(policy, cfg, out_dir, meta, build, partial(save_policy, policy), progress, ("reward", "frac_reward_zero_std"), accept)
 
 # %% ../nbs/51_grpo.ipynb #3df219d9
