@@ -5,6 +5,7 @@ RUN pip install --no-cache-dir build==1.6.1
 COPY settings.ini setup.py pyproject.toml MANIFEST.in README.md LICENSE CHANGELOG.md constraints.txt ./
 COPY videotg_r1 videotg_r1
 COPY nbs/stages nbs/stages
+COPY nbs/explore nbs/explore
 COPY params params
 COPY tests/data/world tests/data/world
 RUN python -m build --wheel --outdir /dist .

@@ -13,9 +13,9 @@ export OMP_NUM_THREADS ?= 1
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1 \
 	DISABLE_TELEMETRY=1 WANDB_MODE=disabled TOKENIZERS_PARALLELISM=false
 
-.PHONY: help venv quickstart test fuzz explore lab docs clean
+.PHONY: help venv quickstart test evidence-check fuzz audit explore lab docs clean
 help:  ## what can be made
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /make \1\t/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /make \1\t/' | expand -t 20
 
 venv: $(STAMP)  ## .venv with the pinned requirements
 
@@ -38,13 +38,23 @@ explore: $(STAMP)  ## every explore notebook, top to bottom; in JupyterLab and a
 	$(OFFLINE) $(BIN)/nbdev_test nbs/explore --n-workers $(JOBS) --timing
 	VTG_EXPLORE=1 $(OFFLINE) $(BIN)/python -m pytest tests/test_browser.py
 
+evidence-check: $(STAMP)  ## every number of reports/evidence-*/README.md anew from the committed cells
+	$(OFFLINE) $(BIN)/python -m pytest -q tests/test_evidence.py -k "computed or small"
+
 FUZZ ?= 10000
 MUTANTS ?= 2000
 SOAK ?= 20000
-fuzz: $(STAMP)  ## every parser on FUZZ inputs, MUTANTS damaged videos, SOAK decodes in one process; half an hour
+STEPS ?= 2000
+fuzz: $(STAMP)  ## every parser on FUZZ inputs, MUTANTS damaged videos, SOAK decodes and STEPS steps of GRPO in one process; half an hour
 	$(OFFLINE) $(BIN)/python tests/fuzz/targets.py $(FUZZ) --atheris
 	$(OFFLINE) $(BIN)/python tests/fuzz/mutants.py $(MUTANTS) --workers $(JOBS)
 	$(OFFLINE) $(BIN)/python tests/fuzz/soak.py $(SOAK)
+	$(OFFLINE) $(BIN)/python tests/fuzz/soak.py --grpo $(STEPS)
+
+audit:  ## constraints.txt against published advisories; needs the network: pip-audit has no data of its own and asks the package index
+	@$(PYTHON) -m venv .cache/audit && .cache/audit/bin/python -m pip install --disable-pip-version-check -qq pip-audit==2.10.1
+	@.cache/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict --progress-spinner off || { \
+		echo "audit: an advisory is named above, or its data could not be had (then nothing was audited: try where the package index can be reached)" >&2; exit 1; }
 
 lab: $(STAMP)  ## JupyterLab on this folder, with ARGS; notebooks are cleaned on save
 	JUPYTER_CONFIG_DIR="$(CURDIR)/.jupyter" $(BIN)/jupyter lab --ServerApp.root_dir="$(CURDIR)" $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)

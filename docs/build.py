@@ -212,7 +212,7 @@ def results():
 def copied():
     "Pages that live at the root of the repository"
     plain = lambda text: re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]*\)", r"\1", text) # a link there leads nowhere here
-    for name, title in (("CHANGELOG", "changelog"), ("CONTRIBUTING", "contributing"), ("TROUBLESHOOTING", "troubleshooting")):
+    for name, title in (("CHANGELOG", "changelog"), ("CONTRIBUTING", "contributing"), ("TROUBLESHOOTING", "troubleshooting"), ("SECURITY", "security")):
         path = ROOT/f"{name}.md"
         text = plain(path.read_text(encoding="utf-8")) if path.is_file() else f"# {title.capitalize()}\n\nNothing yet.\n"
         write(f"{title}.md", text)

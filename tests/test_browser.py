@@ -16,10 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from videotg_r1.browser import browser_page, hidden_at_first, sample_rows
+from videotg_r1.browser import browser_page, hidden_at_first, sample_rows, write_browser
 from videotg_r1.curriculum import Curriculum, CurriculumConfig
-from videotg_r1.records import Sample, read_samples
+from videotg_r1.evaluation import sample_scores
+from videotg_r1.ledger import Ledger
+from videotg_r1.records import Sample, read_samples, write_atomic, write_jsonl, write_samples
+from videotg_r1.report import build_report
 from videotg_r1.timeline import Frame, timeline_page
+from videotg_r1.two_runs import explain, write_explanation
 
 sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install '.[browser]' runs the browser tests")
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -266,6 +270,44 @@ def test_a_small_set_travels_as_one_file(opened, tmp_path):
     page.locator("#list tbody tr").nth(3).click()
     loaded(page.locator("#detail video"))
     sync.expect(page.locator("canvas[data-done]")).to_be_visible()
+
+
+def scored(folder, late):
+    "Two models of a run on the videos of the test world, as the stages leave them: `late` seconds late"
+    samples = read_samples(ROOT/"tests/data/world/heldout.jsonl")
+    done = lambda job, params, **more: [write_atomic(folder/job/f"{k}.json", json.dumps(v)) for k, v in dict(
+        params=params, metrics=more.pop("metrics", {}), run=dict(commit="c", code="c", versions={}, seeds={"settings.seed": 0}, command=EVIL, attempts=[dict(started=0., wall_s=1.)])).items()] and write_atomic(folder/job/"SUCCESS", "{}")
+    done("prepare", dict(source=EVIL), metrics=dict(train_samples=1, heldout_samples=len(samples)))
+    for name in ("heldout", "train"): write_samples(folder/f"prepare/{name}.jsonl", samples)
+    for key, by in (("base", 0.), ("grpo", late)):
+        said = [[(a + by, e + by) for a, e in s.spans[:1]] for s in samples]
+        with Ledger(folder/f"evaluate-{key}/predictions.jsonl", dict(weights=key, samples="s", settings=dict(seed=0), frames=dict(fps=1., decoder=EVIL))) as ledger:
+            for s, o in zip(samples, said, strict=True): ledger.append(dict(qid=s.qid, raw=EVIL, spans=o, choice=None, miss_reason=""))
+        rows = sample_scores(samples, [dict(qid=s.qid, spans=o, miss_reason="") for s, o in zip(samples, said, strict=True)])
+        write_jsonl(folder/f"evaluate-{key}/scores.jsonl", rows)
+        mean = sum(r["iou"] for r in rows)/len(rows)
+        done(f"evaluate-{key}", dict(model=EVIL), metrics=dict(n=len(rows), videos=3, mIoU=mean, lo=0., hi=1., **{f"R1@{m}": .5 for m in (.3, .5, .7)}))
+    return folder
+
+
+def test_report_and_comparison_fold_out_and_run_nothing(opened, tmp_path):
+    a, b = scored(tmp_path/"runs/new", .5), scored(tmp_path/"runs/old", 5.)
+    page = opened((build_report(dict(run="new"), a, tmp_path/"report")/"index.html").as_uri(), 900, offline=True)
+    cards = page.locator(".cards details")
+    assert cards.count() == 2 and not page.locator("dl").first.is_visible()
+    page.locator(".cards summary", has_text="GRPO").focus()
+    page.keyboard.press("Enter")
+    sync.expect(page.locator(".cards details[open] dd", has_text="fps 1.0")).to_be_visible()
+    page.locator(".cards summary", has_text="zero-shot").click()
+    assert page.locator(".cards details[open]").count() == 1, "one card at a time"
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") and page.locator("img:not([alt])").count() == 0
+    write_browser(a)
+    page = opened(write_explanation(explain(a, b), a).as_uri(), 900, scheme="dark", offline=True)
+    sync.expect(page.locator(".claim")).to_contain_text("GRPO: mIoU")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth") and page.locator("details[open]").count() == 1
+    page.locator("details[open] a").first.click()
+    ready(page)
+    sync.expect(page.locator("#facts")).to_contain_text(page.url.split("#")[1])
 
 
 # JupyterLab

@@ -176,3 +176,41 @@ def test_ground_on_odd_names(grounder, tmp_path):
         made, = tmp_path.glob("*_timeline.png")
         made.unlink()
     assert not (tmp_path/"x").exists()
+
+
+def a_run(folder, lr, late):
+    "What a run leaves, as far as a comparison reads it: six videos of two queries, answers that are `late` seconds late"
+    rows = [dict(qid=f"q{i}", vid=f"v{i//2}", video="", duration_s=60., query=f"event {i}", spans=[[20., 30.]]) for i in range(12)]
+    lines = lambda rows: "".join(json.dumps(o) + "\n" for o in rows)
+    said = [dict(qid=r["qid"], raw="", spans=[[20. + late, 30. + late]], choice=None, miss_reason="") for r in rows]
+    scores = [dict(qid=r["qid"], vid=r["vid"], iou=(10 - late)/(10 + late), iop=0., exists=False, right=None, gqa=None, miss_reason="") for r in rows]
+    for job, params, files in (("prepare", {}, {"heldout.jsonl": lines(rows)}), ("train-grpo", dict(method="grpo", pool="all", grpo=dict(lr=lr)), {}),
+                               ("evaluate-grpo", dict(model=f"runs/{folder.name}/train-grpo/training/final"), {"predictions.jsonl": lines(said), "scores.jsonl": lines(scores)})):
+        (folder/job).mkdir(parents=True)
+        for name, text in {**files, "params.json": json.dumps(params), "run.json": json.dumps(dict(commit="c", code="c", versions={})), "SUCCESS": "{}"}.items():
+            (folder/job/name).write_text(text)
+    return folder
+
+
+def test_compare_explains_why_two_runs_differ(tmp_path):
+    a = a_run(tmp_path/"runs/new", 1e-4, 1.)
+    a_run(tmp_path/"runs/old", 1e-3, 5.)
+    code, out, err = vtg("compare", "new", "old", "--runs", tmp_path/"runs", "--out", tmp_path/"c.json")
+    assert code == 0, err
+    assert "grpo.lr  0.0001 -> 0.001   (train-grpo)" in out and "GRPO: 12 won, 0 lost of 12" in out and "One thing differs" in out
+    found = json.loads((tmp_path/"c.json").read_text())["models"]["GRPO"]
+    assert abs(found["rows"][-1]["diff"] - (9/11 - 5/15)) < 1e-9 and found["won"][0]["answers"] == [[[21., 31.]], [[25., 35.]]]
+    page = (a/"compare-old.html").read_text()
+    assert "default-src 'none'" in page and "<script" not in page
+    (tmp_path/"answers.jsonl").write_text("{}\n")
+    for argv, words in (((a, tmp_path/"answers.jsonl"), "both files of answers, or both runs"), ((tmp_path/"answers.jsonl",)*2, "--truth"),
+                        (("new", "nothing", "--runs", tmp_path/"runs"), "there are new, old")):
+        code, _, err = vtg("compare", *argv)
+        assert code == 2 and words in err and len(err.splitlines()) == 1, err
+
+
+def test_explore_copies_the_notebooks_and_overwrites_nothing(tmp_path):
+    code, out, _ = vtg("explore", tmp_path/"play")
+    assert code == 0 and {p.name for p in (tmp_path/"play").iterdir()} == {p.name for p in (ROOT/"nbs/explore").glob("*.ipynb")} and "jupyter lab" in out
+    code, _, err = vtg("explore", tmp_path/"play")
+    assert code == 2 and "is there already" in err

@@ -10,8 +10,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+import torch
 
-from videotg_r1 import cli
+from videotg_r1 import cli, stages, variants
 from videotg_r1.decode import write_mp4
 from videotg_r1.ledger import Ledger, locked
 
@@ -122,6 +123,7 @@ MISTAKES = {
     "unknown parameter": lambda t: stage(t, "train", "metod=sft"),
     "wrong type": lambda t: stage(t, "train", "pool=3"),
     "misspelt setting of a stage": lambda t: stage(t, "train", "sft={stepz: 1}"),
+    "wrong type of a setting": lambda t: stage(t, "train", "grpo={lr: abc}"),
     "stage before its input": lambda t: stage(t, "estimate", f"samples={t}/train.jsonl"),
     "other settings in the same folder": finished,
     "model not fetched": lambda t: big_run(t),
@@ -186,6 +188,38 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
     assert r.returncode == want and pattern.search(r.stderr), r.stderr
 
 
+def train_here(name, change, tmp_path, capsys, monkeypatch, samples=WORLD/"train.jsonl"):
+    "A training stage without a kernel; what it says is held against the table"
+    def execute(notebook, params, *_):
+        pool, (policy, spec) = variants.read_pool(params["samples"], "", "all"), variants.open_model(params["model"], params["frames"], "cpu")
+        try: variants.fit("grpo", policy, pool, params["grpo"], tmp_path/"t", {}, "", spec, None)
+        except Exception as e: raise stages.StageError(f"train: {type(e).__name__}: {e}") from e
+    monkeypatch.setattr(stages, "execute", execute)
+    frames = "frames={fps: 1.0, min_pixels: 784, max_pixels: 3136}"
+    code = cli.main(list(map(str, stage(tmp_path, "train", f"samples={samples}", f"grpo={change}", frames))))
+    text, (want, pattern) = capsys.readouterr().err, table()[name]
+    assert code == want and pattern.search(text), text
+
+
+def test_a_prompt_that_is_too_long(tmp_path, capsys, monkeypatch):
+    train_here("prompt too long", "{steps: 1, max_completion_length: 99999}", tmp_path, capsys, monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore:.*out of memory after step")
+def test_memory_that_holds_no_answer(tmp_path, capsys, monkeypatch):
+    def full(*a, **k): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    monkeypatch.setattr("videotg_r1.grpo.token_logps", full)
+    train_here("out of GPU memory", "{steps: 1, G: 2, prompts_per_step: 1, max_completion_length: 4}", tmp_path, capsys, monkeypatch)
+
+
+@pytest.mark.filterwarnings("ignore:training. set aside")
+def test_a_pool_of_unreadable_videos(tmp_path, capsys, monkeypatch):
+    rows = [json.loads(o) | dict(video=str(WORLD/json.loads(o)["video"])) for o in (WORLD/"train.jsonl").read_text().splitlines()]
+    rows[0]["video"] = str(file(tmp_path, b"no video"))
+    samples = file(tmp_path, "".join(json.dumps(o) + "\n" for o in rows).encode(), "s.jsonl")
+    train_here("videos of the pool unreadable", "{steps: 6, G: 2, prompts_per_step: 1, max_completion_length: 4}", tmp_path, capsys, monkeypatch, samples)
+
+
 def test_a_decoder_that_takes_too_long(tmp_path, capsys, monkeypatch):
     code, text = None, ""
     monkeypatch.setattr("videotg_r1.video.DecodeWorker._receive", slow)
@@ -199,7 +233,8 @@ def slow(self, deadline): raise TimeoutError
 
 
 def test_the_table_and_the_tests_name_the_same_mistakes():
-    assert set(table()) == {*MISTAKES, "two runs in one folder", "decoding takes too long"} and len(table()) >= 30
+    others = {"two runs in one folder", "decoding takes too long", "prompt too long", "out of GPU memory", "videos of the pool unreadable"}
+    assert set(table()) == {*MISTAKES, *others} and len(table()) >= 30
 
 
 def test_help_says_what_the_exit_codes_mean(capsys):

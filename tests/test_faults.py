@@ -5,19 +5,21 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from test_training import gap, make_samples, rows_of, run, settings, spec_for, strip
+from test_training import gap, make_samples, rows_of, run, settings, spec_for, stop_at, strip
 
-from videotg_r1 import cli, sft, stages
+from videotg_r1 import cli, grpo, sft, stages
 from videotg_r1.grpo import train_grpo
-from videotg_r1.ledger import locked
+from videotg_r1.ledger import locked, read_ledger
 from videotg_r1.policy import random_policy
 from videotg_r1.records import read_jsonl
 from videotg_r1.sft import SFTSettings, train_sft
-from videotg_r1.training import checkpoints
+from videotg_r1.training import checkpoints, seal
 from videotg_r1.video import FrameCache
 
 ROOT = Path(__file__).parents[1]
@@ -146,6 +148,16 @@ def test_a_damaged_final_is_trained_again(world, tmp_path):
     assert gap(ours, again) == 0
 
 
+def test_what_a_fault_after_the_end_left_is_removed_by_the_next_call(world, tmp_path):
+    "final is there, and the disk fills up or the process dies before the checkpoints are gone"
+    _, out = train(world, tmp_path, steps=2)
+    for step, whole in ((1, True), (2, False)):
+        (tmp_path/f"checkpoint-{step}").mkdir(); (tmp_path/f"checkpoint-{step}/w").write_bytes(b"x")
+        if whole: seal(tmp_path/f"checkpoint-{step}", dict(step=step))
+    _, again = train(world, tmp_path, steps=2)
+    assert again == out and not list(tmp_path.glob("checkpoint-*"))
+
+
 def test_a_history_that_was_edited_is_refused_with_its_line(world, tmp_path, monkeypatch):
     stopped(world, tmp_path, monkeypatch)
     path = tmp_path/"history.jsonl"
@@ -218,6 +230,99 @@ def test_a_prompt_beyond_the_context_is_named(world, tmp_path):
         run(world, tmp_path, settings(steps=1), policy=policy)
 
 
+# ---------------------------------------------------------------- videos that cannot be read
+def with_broken(world, tmp_path):
+    "The same pool, q1's video cut short"
+    (tmp_path/"cut.mp4").write_bytes(Path(world[0][1].video).read_bytes()[:300])
+    return [replace(s, video=str(tmp_path/"cut.mp4")) if s.qid == "q1" else s for s in world[0]], world[1]
+
+
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.filterwarnings("ignore:training. set aside")
+def test_the_turn_of_an_unreadable_video_goes_to_the_next_sample(world, tmp_path, monkeypatch, kind):
+    broken = with_broken(world, tmp_path)
+    def go(where, **kw):
+        if kind == "sft": return train(broken, where, save_steps=1, **{"max_broken_share": .25, **kw})
+        return run(broken, where, settings(steps=4, save_steps=1, rewards={"seen": 1.}, **{"max_broken_share": .25, **kw}), reward_fns={"seen": seen})
+    def seen(text, s):
+        asked.append(s.qid)
+        return len(text)/100
+    asked = []
+    with pytest.raises(ValueError, match=r"1 of 4 samples .* more than max_broken_share=0.01 allows \(last: .*qid q1.*repair the videos"):
+        go(tmp_path/"strict", max_broken_share=.01)
+    with pytest.raises(ValueError, match="1 of 4 samples"): go(tmp_path/"strict", max_broken_share=.01)     # at once, from the file
+    asked.clear()
+    with pytest.warns(RuntimeWarning, match="set aside, its turns go to the next sample: .*qid q1"): ours, out = go(tmp_path/"a")
+    assert out["set_aside"] == ["q1"] and rows_of(out)[-1]["total/unreadable"] == 2        # two passes over four samples
+    assert [r["qid"] for r in read_ledger(tmp_path/"a/set_aside.jsonl")[1]] == ["q1"]
+    if kind == "grpo": assert [asked.count(q) for q in ("q0", "q1", "q2", "q3")] == [1 + 8, 1, 1 + 16, 1 + 8]  # each reward is tried once before the run
+    if kind == "sft": stopped(broken, tmp_path/"b", monkeypatch, save_steps=1, max_broken_share=.25)
+    else: stop_at(broken, tmp_path/"b", settings(steps=4, save_steps=1, rewards={"seen": 1.}, max_broken_share=.25), 3, reward_fns={"seen": seen})
+    again, out2 = go(tmp_path/"b", max_broken_share=.5)                                   # no choice that changes a result
+    assert out2["resumed_from"] == 3 and gap(ours, again) == 0 and strip(rows_of(out)) == strip(rows_of(out2))
+
+
+# ---------------------------------------------------------------- memory
+def small_memory(monkeypatch, most, where):
+    "A learning pass that holds no more than `most` rows, or answers, with their activations"
+    said = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    def full(*a): raise said
+    def bounded(n, tensor):
+        if n <= most or not torch.is_grad_enabled(): return
+        if where == "forward": full()
+        tensor.register_hook(full)
+    scored, rows = grpo.token_logps, sft.VideoSFT.piecewise
+    def token_logps(policy, encs, ids, mask, **kw):
+        out = scored(policy, encs, ids, mask, **kw)
+        bounded(ids.shape[0]*ids.shape[1], out[0])
+        return out
+    def piecewise(self, model):
+        def forward(*a, **kw):
+            out = model(*a, **kw)
+            bounded(len(kw["labels"]), out.log_probs)
+            return out
+        held, forward.training = rows(self, model), model.training
+        return partial(held.func, forward, *held.args[1:]) if self.at_once else forward
+    monkeypatch.setattr(grpo, "token_logps", token_logps)
+    monkeypatch.setattr(sft.VideoSFT, "piecewise", piecewise)
+
+
+def close(a, b):
+    "Rows of two histories agree to rounding"
+    for x, y in zip(strip(a), strip(b), strict=True):
+        for k in x: assert x[k] == pytest.approx(y[k], rel=1e-3, abs=1e-4) or k == "total/flops", k
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("grad_accum", [1, 2])
+@pytest.mark.parametrize("kind", ["sft", "grpo"])
+@pytest.mark.filterwarnings("ignore:.*out of memory after step")
+def test_a_step_that_does_not_fit_is_done_in_pieces(world, tmp_path, monkeypatch, kind, grad_accum, where):
+    grpo_cfg = settings(steps=3, save_steps=1, prompts_per_step=2, G=4, grad_accum=grad_accum, optim="sgd", beta=.01*(grad_accum - 1))
+    def go(where):
+        if kind == "grpo": return run(world, where, grpo_cfg)
+        return train(world, where, steps=3, batch_size=4, save_steps=1, grad_accum=grad_accum, optim="sgd")
+    whole, out = go(tmp_path/"whole")
+    with monkeypatch.context() as m:
+        small_memory(m, 3 if kind == "grpo" else 1, where)
+        with pytest.warns(RuntimeWarning, match="out of memory after step 0: learning from"): pieces, out2 = go(tmp_path/"pieces")
+        if grad_accum == 1:
+            if kind == "grpo": stop_at(world, tmp_path/"again", grpo_cfg, 2)
+            else: stopped(world, tmp_path/"again", m, step=2, steps=3, batch_size=4, save_steps=1, optim="sgd")
+            again, out3 = go(tmp_path/"again")
+            assert out3["resumed_from"] == 2 and gap(pieces, again) == 0 and strip(rows_of(out2)) == strip(rows_of(out3))
+    assert gap(whole, pieces) < 1e-5 < gap(whole, random_policy("qwen2_5_vl" if kind == "grpo" else "qwen3_vl"))
+    assert [r["at_once"] for r in rows_of(out2)] == [2 if kind == "grpo" else 1]*3
+    close(rows_of(out), [{k: v for k, v in r.items() if k != "at_once"} for r in rows_of(out2)])
+
+
+def test_a_single_answer_that_does_not_fit_says_what_to_change(world, tmp_path, monkeypatch):
+    small_memory(monkeypatch, 0, "forward")
+    with pytest.warns(RuntimeWarning, match="learning from 1 at a time"), \
+         pytest.raises(RuntimeError, match="set grad_accum=2 or gradient_checkpointing=true.*lora_r.*lower max_pixels"):
+        run(world, tmp_path, settings(steps=1))
+
+
 # ---------------------------------------------------------------- disks
 @pytest.fixture
 def disk(tmp_path):
@@ -261,6 +366,23 @@ def test_a_folder_that_cannot_be_written_is_one_line(disk, capsys):
     assert cli.main(["stage", "select", "--run-dir", str(folder/"r")]) == 2
     err = capsys.readouterr().err
     assert "Read-only file system" in err and str(folder) in err and len(err.splitlines()) == 1
+
+
+# ---------------------------------------------------------------- a stage that hangs
+HANG = dict(cells=[dict(cell_type="code", id=f"c{i}", metadata=dict(tags=["parameters"]) if not i else {}, source=src, outputs=[], execution_count=None)
+                   for i, src in enumerate(['run_dir = ""  # output', "import time; time.sleep(600)"])],
+            metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")), nbformat=4, nbformat_minor=5)
+
+
+def test_the_limit_without_a_sign_of_life_is_set_from_the_shell(tmp_path, capsys):
+    (tmp_path/"hang.ipynb").write_text(json.dumps(HANG))
+    began = time.monotonic()
+    assert cli.main(["stage", str(tmp_path/"hang.ipynb"), "--run-dir", str(tmp_path/"r"), "--stall", "2"]) == 1
+    assert "no sign of life for 2 s" in capsys.readouterr().err and time.monotonic() - began < 300
+    assert stages.read_json(tmp_path/"r/run.json")["attempts"][-1]["status"] == "stalled"
+    assert "time.sleep" in (tmp_path/"r/hang.ipynb").read_text() and "most recent call first" in (tmp_path/"r/kernel.log").read_text()
+    assert cli.main(["stage", "select", "--run-dir", str(tmp_path/"s"), "--stall", "0"]) == 2
+    assert "stall_s must be above 0 seconds, got 0" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- clocks

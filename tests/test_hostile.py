@@ -30,7 +30,7 @@ from targets import TARGETS, drive  # noqa: E402
 # ---------------------------------------------------------------- what the package never calls
 NEVER = {"eval", "exec", "os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput", "pickle.load", "pickle.loads", "marshal.loads", "marshal.load", "shelve.open",
          "joblib.load", "dill.load", "dill.loads", "cloudpickle.loads", "yaml.full_load", "yaml.unsafe_load", "yaml.load_all", "torch.hub.load", "runpy.run_path", "os.execvp", "os.spawnvp",
-         "tarfile.open", "shutil.unpack_archive", "webbrowser.open", "__import__", "builtins.eval", "builtins.exec", "pandas.read_pickle", "pd.read_pickle", "pd.eval"}
+         "shutil.unpack_archive", "webbrowser.open", "__import__", "builtins.eval", "builtins.exec", "pandas.read_pickle", "pd.read_pickle", "pd.eval"}
 PROCESSES = {"subprocess.run", "subprocess.Popen", "subprocess.call", "subprocess.check_call", "subprocess.check_output", "Popen"}
 
 
@@ -42,6 +42,7 @@ def complaints(text):
         name, kw = ast.unparse(node.func), {k.arg: k.value for k in node.keywords}
         said = {k: ast.unparse(v) for k, v in kw.items() if k}
         if name in NEVER or name.endswith((".read_pickle", ".eval_js")): out.append(name)
+        if name == "tarfile.open" and not any(isinstance(a, ast.Constant) and str(a.value).startswith("w") for a in [*node.args[1:2], kw.get("mode")]): out.append("tarfile.open that reads")
         if said.get("shell", "False") != "False": out.append(f"{name} with a shell")
         if name in PROCESSES and (isinstance(node.args[0], ast.JoinedStr) or isinstance(node.args[0], ast.Constant)): out.append(f"{name} with a text: {ast.unparse(node.args[0])[:60]}")
         if name == "torch.load" and said.get("weights_only") != "True": out.append("torch.load without weights_only")
@@ -57,7 +58,7 @@ def complaints(text):
 
 
 @pytest.mark.parametrize("bad", ["eval('1')", "import os\nos.system('ls')", "import subprocess\nsubprocess.run('ls', shell=True)", "subprocess.run(f'ls {x}')", "torch.load(p)", "np.load(p)",
-                                 "yaml.load(t, yaml.Loader)", "pickle.load(f)", "AutoConfig.from_pretrained(x)", "f(trust_remote_code=flag)", "pickle.Unpickler(f)"])
+                                 "yaml.load(t, yaml.Loader)", "pickle.load(f)", "AutoConfig.from_pretrained(x)", "f(trust_remote_code=flag)", "pickle.Unpickler(f)", "tarfile.open(p)", "tarfile.open(p, mode)"])
 def test_the_scan_finds_what_it_looks_for(bad): assert complaints(bad)
 
 
@@ -197,7 +198,10 @@ def hostile_facts(evil):
         if isinstance(o, list): return [poison(v, key) for v in o]
         return f"{evil} {o}" if isinstance(o, str) and key not in ("key", "stage", "verdict") else o
     f = json.loads((ROOT/"reports/2026-11-22_quickstart/metrics.json").read_text())
-    return poison(f) | dict(quarantine=[dict(video=evil, reason=evil, decoder=evil, sha256=evil)])
+    f = poison(f) | dict(quarantine=[dict(video=evil, reason=evil, decoder=evil, sha256=evil)])
+    look = dict(qid=evil, query=evil, truth=[[1., 2.]], said=[1., 2.], iou=.5, error=evil, reason=f"{evil}: more", raw=evil)
+    f["failures"]["samples"] = {k: dict(worst=[look], median=[look]) for k in (f["failures"]["model"], evil)}  # keys of a poisoned dict are its values elsewhere
+    return f | dict(cards=dict(results={evil: {evil: evil}}))
 
 
 class Tags(html.parser.HTMLParser):
@@ -212,9 +216,9 @@ PNG = base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR4
 @pytest.mark.parametrize("i", range(len(EVIL)))
 def test_reports_escape_every_text(i):
     evil = EVIL[i]
-    text = page(hostile_facts(evil), {"results": (PNG, evil), "example_1": (PNG, evil)})
+    text = page(hostile_facts(evil), {"results": (PNG, evil), "example_1": (PNG, evil)}, {evil: dict(worst=(PNG, evil), median=(PNG, evil))})
     seen = Tags(); seen.feed(text)
-    assert {t for t, _ in seen.tags} <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "figure", "img", "figcaption", "ul", "li", "pre", "a"}
+    assert {t for t, _ in seen.tags} <= {"html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table", "caption", "thead", "tbody", "tr", "th", "td", "figure", "img", "figcaption", "ul", "li", "pre", "a", "details", "summary", "span", "dl", "dt", "dd"}
     for tag, attrs in seen.tags:
         if tag == "a": assert attrs == {"href": "samples.html"}; continue
         assert not any(k.startswith("on") or k in ("href", "srcset", "action") for k in attrs) and attrs.get("src", "data:image/png;base64,").startswith("data:image/png;base64,"), (tag, attrs)

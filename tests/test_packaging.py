@@ -13,7 +13,7 @@ import pytest
 from videotg_r1.datasets import clone_root, params_file, repo_path
 
 ROOT = Path(__file__).parents[1]
-CARRIED = ("nbs/stages", "params", "tests/data/world")
+CARRIED = ("nbs/stages", "nbs/explore", "params", "tests/data/world")
 
 
 def files(folder): return sorted(p for p in (ROOT/folder).rglob("*") if p.is_file() and not any(o.startswith(".") for o in p.relative_to(ROOT).parts))
@@ -64,7 +64,7 @@ def test_metadata_names_the_extras_and_the_command(wheel):
     with zipfile.ZipFile(wheel) as z:
         read = lambda end: next(z.read(n).decode() for n in z.namelist() if n.endswith(end))
         meta, entry = read("dist-info/METADATA"), read("entry_points.txt")
-    assert {"dev", "gpu", "docs"} <= set(re.findall(r"Provides-Extra: (\S+)", meta))
+    assert {"dev", "gpu", "ray", "docs"} <= set(re.findall(r"Provides-Extra: (\S+)", meta))
     assert "vtg = videotg_r1.cli:main" in entry and "Requires-Python: >=3.11" in meta
     assert "Teach a video language model" in meta, "the README is the description"
     plain = [o for o in re.findall(r"Requires-Dist: (.+)", meta) if "extra ==" not in o]

@@ -65,6 +65,8 @@ def test_every_stage_finished(smoke):
         nb = nbformat.read(next(run.glob("*.ipynb")), 4)
         assert {c.metadata.papermill.status for c in nb.cells if c.cell_type == "code"} == {"completed"}
         for path, (size, _) in json.loads((run/"SUCCESS").read_text())["outputs"].items(): assert (run/path).stat().st_size == size
+    learnt = [json.loads(o) for o in (folder/"runs/smoke/train-videotg_r1/training/history.jsonl").read_text().splitlines()]
+    assert any(r["reward_std"] > 0 and r["grad_norm"] > 0 for r in learnt), "equal weights after a kill say something only where something is learnt"
     assert sum(line.split()[2] == "ok" for line in out.splitlines() if re.match(r" +\d+ s ", line)) == len(names)
 
 
@@ -89,7 +91,7 @@ def test_what_a_run_leaves_holds_no_token_and_no_home_folder(smoke):
 
 def test_report_is_complete_and_needs_no_network(smoke):
     report = smoke[0]/"reports/smoke"
-    assert {"README.md", "metrics.json", "params.json", "index.html", "samples.html", "figures", "notebooks"} == {p.name for p in report.iterdir()}
+    assert {"README.md", "metrics.json", "cards.json", "params.json", "index.html", "samples.html", "figures", "notebooks"} == {p.name for p in report.iterdir()}
     page = (report/"index.html").read_text()
     tags = Tags()
     tags.feed(page)

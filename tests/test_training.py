@@ -62,7 +62,7 @@ def settings(**kw):
 def run(world, out_dir, cfg, family="qwen2_5_vl", curriculum=None, policy=None, **kw):
     policy = policy or random_policy(family)
     out = train_grpo(policy, world[0], cfg, out_dir, curriculum=curriculum, frame_spec=spec_for(policy), cache=world[1],
-                     reward_fns=FNS, progress=False, **kw)
+                     progress=False, **{"reward_fns": FNS, **kw})
     return policy, out
 
 
@@ -217,7 +217,7 @@ def test_a_reward_nobody_can_give_moves_nothing(world, tmp_path):
 class Stop(Exception): pass
 
 
-def stop_at(world, out_dir, cfg, step, family="qwen2_5_vl", curriculum=None):
+def stop_at(world, out_dir, cfg, step, family="qwen2_5_vl", curriculum=None, **kw):
     "Train until the given step begins"
     look, seen = grpo.VideoGRPO.look, []
     def stopping(self, qids):
@@ -226,7 +226,7 @@ def stop_at(world, out_dir, cfg, step, family="qwen2_5_vl", curriculum=None):
         return look(self, qids)
     grpo.VideoGRPO.look = stopping
     try:
-        with pytest.raises(Stop): run(world, out_dir, cfg, family, curriculum)
+        with pytest.raises(Stop): run(world, out_dir, cfg, family, curriculum, **kw)
     finally: grpo.VideoGRPO.look = look
     return seen
 

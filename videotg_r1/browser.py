@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['BODY', 'PAGE_STYLE', 'LIST', 'DETAIL', 'KEYS', 'reward_parts', 'answer_row', 'sample_rows', 'outside',
-           'hidden_at_first', 'media_of', 'browser_page', 'answers_of', 'questions_of', 'curriculum_of', 'run_rows',
-           'write_browser']
+           'hidden_at_first', 'media_of', 'browser_page', 'answers_of', 'curriculum_of', 'run_rows', 'write_browser']
 
-# %% ../nbs/74_browser.ipynb #4867907f
+# %% ../nbs/74_browser.ipynb #4af275a4
 import html
 from pathlib import Path
 
@@ -15,11 +14,10 @@ import numpy as np
 
 from .config import from_params
 from .curriculum import Curriculum, CurriculumConfig
-from .datasets import repo_path
 from .ledger import write_atomic
 from .plots import COLORS
 from .records import read_samples
-from .report import TITLES, read_ledger_or_rows, read_run
+from .report import TITLES, questions_of, read_ledger_or_rows, read_run
 from .rewards import score_completion
 from .spans import best_iou, merge_spans
 from .timeline import SCRIPT, data_uri, document, script_json, video_mime, video_source
@@ -266,7 +264,7 @@ def browser_page(
     data = dict(rows=rows, media=links, models=models, colors=COLORS)
     return document(title, BODY.replace("{title}", html.escape(title)), data, LIST + DETAIL + KEYS, PAGE_STYLE, extra)
 
-# %% ../nbs/74_browser.ipynb #a47fb5c1
+# %% ../nbs/74_browser.ipynb #b764f7be
 def answers_of(
     stages:dict, # as of `read_run`
     part:str="", # folder below each evaluation: empty, or questions
@@ -275,14 +273,6 @@ def answers_of(
     found = {k.removeprefix("evaluate-"): s["folder"]/part/"predictions.jsonl" for k, s in stages.items() if k.startswith("evaluate-")}
     order = [k for k in TITLES if k in found] + sorted(set(found) - set(TITLES))
     return {TITLES.get(k, k): read_ledger_or_rows(found[k]) for k in order if found[k].is_file()}
-
-def questions_of(
-    stages:dict, # as of `read_run`
-)->list: # of `Sample`
-    "The questions that a run asked"
-    named = [repo_path(s["params"]["questions"]) for k, s in stages.items() if k.startswith("evaluate-") and s["params"].get("questions")]
-    found = [p for p in [*named, stages["prepare"]["folder"]/"heldout_qa.jsonl"] if p.is_file()]
-    return read_samples(found[0]) if found else []
 
 def curriculum_of(
     stages:dict, # as of `read_run`

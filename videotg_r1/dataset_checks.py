@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['LOOK', 'CSP', 'STYLE', 'Finding', 'some', 'identity', 'look_at', 'look_at_all', 'Checked', 'check_rows', 'off_length',
            'check_videos', 'plain', 'check_between', 'vids_of', 'relatives', 'distributions', 'bars', 'svg',
-           'DataReport', 'as_text', 'as_html', 'as_dict', 'check_parts', 'set_parts']
+           'DataReport', 'as_text', 'as_html', 'as_dict', 'check_part', 'unusable', 'check_parts', 'set_parts']
 
-# %% ../nbs/15_dataset_checks.ipynb #c91c7faa
+# %% ../nbs/15_dataset_checks.ipynb #588c34c4
 import html
 import json
 import os
@@ -23,6 +23,7 @@ from .datasets import (SETS, FilterConfig, Part, annotation_file, counted, filte
     read_set, rows_read, shared_films,
                                  video_folders)
 from .ledger import Ledger
+from .progress import bar
 from .records import printable, write_atomic
 from .video import DecodeWorker, FrameSpec, WorkerLost
 
@@ -43,7 +44,7 @@ def some(
     names = list(names)
     return ", ".join(printable(o, 60) for o in names[:n]) + (f" and {len(names) - n:,} more" if len(names) > n else "")
 
-# %% ../nbs/15_dataset_checks.ipynb #4c99c856
+# %% ../nbs/15_dataset_checks.ipynb #5dead42e
 LOOK = FrameSpec(fps=1., max_pixels=32*28*28,
     decoder="pyav") # what `decode` takes of a file: small pictures, one a second
 
@@ -80,7 +81,6 @@ def look_at_all(
     timeout_s:float=60., # for one file
 )->dict: # path -> what `look_at` found
     "What many files hold; those that were looked at before are not opened"
-    from tqdm.auto import tqdm
     if depth not in ("scan", "decode"): raise ValueError(f"look_at_all.depth must be scan or decode, got {depth!r}")
     keys, here, made = {p: k for p in dict.fromkeys(map(str, paths)) if (k := identity(p))}, threading.local(), []
     def work(path):
@@ -91,14 +91,13 @@ def look_at_all(
         pool = ThreadPoolExecutor(max(1, min(workers, len(todo)//8 + 1))) # a child takes half a second to start
         try:
             jobs = {pool.submit(work, p): k for p,k in todo.items()}
-            for job in tqdm(as_completed(jobs), "videos", len(jobs), disable=None,
-                mininterval=1): ledger.append(dict(qid=jobs[job]) | job.result())
+            for job in bar(as_completed(jobs), desc="videos", total=len(jobs), unit="video"): ledger.append(dict(qid=jobs[job]) | job.result())
         finally:
             pool.shutdown(cancel_futures=True)
             for o in made: o.close()
         return {p: {a: b for a,b in ledger[k].items() if a not in ("qid", "_crc")} for p,k in keys.items()}
 
-# %% ../nbs/15_dataset_checks.ipynb #17fe50c0
+# %% ../nbs/15_dataset_checks.ipynb #6237582a
 @dataclass
 class Checked:
     "One annotation file, looked at"
@@ -122,7 +121,7 @@ def check_rows(
     wanted = data.rows.get(c.part.split)
     same = wanted is None or (round(n, -3) if data.about else n) == wanted
     published = "no published number" if wanted is None else "as published" if same else f"{wanted:,} were published"
-    c.say("ok" if same else "missing", "rows", f"{n:,} rows in {c.part.path.name}, {published}; {len(c.samples):,} "
+    c.say("ok" if same and c.samples else "missing", "rows", f"{n:,} rows in {c.part.path.name}, {published}; {len(c.samples):,} "
         f"usable, of {len({s.vid for s in c.samples}):,} videos")
     by = defaultdict(list)
     for o in c.issues: by[o.fault, o.fate].append(o)
@@ -367,7 +366,33 @@ def as_dict(
                             counts=counted(c.issues), issues=[asdict(o) for o in c.issues],
                             undecodable={p: o["error"] for p,o in c.seen.items() if "error" in o}) for c in r.checked])
 
-# %% ../nbs/15_dataset_checks.ipynb #82e5aa6b
+# %% ../nbs/15_dataset_checks.ipynb #e77ca8ac
+def check_part(
+    part:Part, # which file
+    policy:Policy, # training spans that do not fit their video
+    cfg:FilterConfig, # filters of the training set
+    ledger_path=None, # where findings about videos are kept; None opens no video
+    depth:str="scan", # how far videos are looked into: scan or decode
+    workers:int=2, # videos at a time
+)->Checked: # with its findings
+    "One annotation file and its videos, each of which is opened once"
+    c = Checked(part)
+    try: c.samples, c.issues = read_set(part.name, part.path, part.videos, part.split, policy if part.role == "train" else "keep")
+    except ValueError as e: c.say("missing", "annotations", str(e))
+    else:
+        check_rows(c, cfg)
+        check_videos(c, ledger_path, depth, workers)
+    return c
+
+def unusable(
+    c:Checked, # with its videos opened
+)->list: # of dicts: video, what (missing or undecodable), why
+    "The videos that a run would have to do without"
+    gone = [v for v in sorted({s.video for s in c.samples}) if not os.path.isfile(v)]
+    return ([dict(video=v, what="missing", why="no such file") for v in gone]
+            + [dict(video=v, what="undecodable", why=o["error"]) for v,o in c.seen.items() if "error" in o])
+
+# %% ../nbs/15_dataset_checks.ipynb #4a895bcc
 def check_parts(
     parts, # list of Part
     title:str, # what is looked at
@@ -381,13 +406,8 @@ def check_parts(
 )->DataReport: # what was found
     "Everything about some annotation files"
     from videotg_r1.config import from_params
-    cfg, checked = from_params(FilterConfig, filters or {}), []
-    for p in parts:
-        checked.append(c := Checked(p))
-        try: c.samples, c.issues = read_set(p.name, p.path, p.videos, p.split, policy if p.role == "train" else "keep")
-        except ValueError as e: c.say("missing", "annotations", str(e)); continue
-        check_rows(c, cfg)
-        check_videos(c, Path(out)/f"videos-{depth}.jsonl" if out and depth != "none" else None, depth, workers)
+    cfg, ledger = from_params(FilterConfig, filters or {}), Path(out)/f"videos-{depth}.jsonl" if out and depth != "none" else None
+    checked = [check_part(p, policy, cfg, ledger, depth, workers) for p in parts]
     report = DataReport(title, checked, check_between(checked, allow_leak) + (relatives(checked, root) if root else []))
     if out:
         write_atomic(Path(out)/"report.html", as_html(report))

@@ -463,7 +463,7 @@ def look_up(self:Decoder):
                        torch.arange(self.width, device=dev) < self.count[:n, None]], 1)
     self.hidden = torch.zeros(shown.shape, device=dev).masked_fill_(~shown, -1e30)[:, None, None, None]
 
-# %% ../nbs/31_engine.ipynb #31bc683e
+# %% ../nbs/31_engine.ipynb #ee6e7f14
 def rms(
     norm, # transformers' norm
     x,    # [...,D]
@@ -495,6 +495,7 @@ def after(
     x = x + layer.self_attn.o_proj(found)
     return x + layer.mlp(rms(layer.post_attention_layernorm, x))
 
+# %% ../nbs/31_engine.ipynb #191edf9d
 @cache
 def compiled(
     f, # function
@@ -649,7 +650,7 @@ def write(self:Decoder,
         for _ in range(at_once if self.n else 0): step()
     return out
 
-# %% ../nbs/31_engine.ipynb #59316c78
+# %% ../nbs/31_engine.ipynb #b6a55bea
 def decoder_for(
     policy,  # Policy
     model,   # what writes: its weights are those that a recorded step reads
@@ -670,6 +671,7 @@ def decoder_for(
     d.n = 0; d.done.fill_(True)
     return d
 
+# %% ../nbs/31_engine.ipynb #3f3dd33d
 def linears(*parts): # list of weights and biases of matrix products
     "What autocast would cast"
     return [w for part in parts for m in part.modules() if isinstance(m, torch.nn.Linear) for w in m.parameters(recurse=False)]

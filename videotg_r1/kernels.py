@@ -14,7 +14,7 @@ if TRITON := find_spec("triton") is not None:
     import triton
     import triton.language as tl
 
-# %% ../nbs/30_kernels.ipynb #f9d11d3a
+# %% ../nbs/30_kernels.ipynb #f0c3aa1c
 if TRITON:
     @triton.jit
     def on_prompt(q, k, v, length, done, part, norm, columns, chunk, rows, scale,
@@ -43,6 +43,8 @@ if TRITON:
         tl.store(norm + out*2, top, mask=ok)
         tl.store(norm + out*2 + 1, total, mask=ok)
 
+# %% ../nbs/30_kernels.ipynb #be2e6b5b
+if TRITON:
     @triton.jit
     def on_own(q, new_k, new_v, k, v, count, done, part, norm, out, T, rows, scale,
                HEADS: tl.constexpr, G: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr,

@@ -6,14 +6,16 @@
 __all__ = ['COLORS', 'PANELS', 'SHADES', 'one_line', 'canvas', 'save_png', 'film_strip', 'draw_timeline', 'timeline', 'dots',
            'lines', 'smooth', 'training_curves', 'training_panels', 'histogram', 'stacked', 'bucket_panels', 'sheet']
 
-# %% ../nbs/70_plots.ipynb #05f8e96c
+# %% ../nbs/70_plots.ipynb #feb0201d
 import math
 import re
 from contextlib import contextmanager
 
 import numpy as np
 
-# %% ../nbs/70_plots.ipynb #d5c0a32b
+from .records import write_atomic
+
+# %% ../nbs/70_plots.ipynb #dceba3c2
 COLORS = {"true": "#1b7f72", "predicted": "#e76f51", "proposed": "#27508f", "hidden": "#aab2bf"} # spans on a timeline, by what they are
 
 def one_line(
@@ -51,7 +53,7 @@ def save_png(
     fig.savefig(raw, format="png", dpi=dpi, pil_kwargs=dict(compress_level=1))
     # the octree keeps the colour of a small thing, which the median cut gives up for shades of the ground
     Image.open(raw).convert("RGB").quantize(256, Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE).save(buf, "png", optimize=True)
-    if path: open(path, "wb").write(buf.getvalue())
+    if path: write_atomic(path, buf.getvalue())
     return buf.getvalue()
 
 # %% ../nbs/70_plots.ipynb #9158877a

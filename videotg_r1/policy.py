@@ -10,7 +10,7 @@ __all__ = ['FAMILIES', 'VISION_TOKENS', 'SPECIAL_TOKENS', 'TAGS', 'CHAT_TEMPLATE
            'Encoded', 'chat_parts', 'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'pair_keys',
            'tower_pass', 'see', 'no_bars', 'save_policy', 'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
 
-# %% ../nbs/30_policy.ipynb #30410336
+# %% ../nbs/30_policy.ipynb #3abc33dc
 import itertools
 import json
 import re
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 # %% ../nbs/30_policy.ipynb #128c8a62
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def video_positions(
     t = (torch.arange(T)*torch.tensor(seconds_per_pair, dtype=torch.float32)*tokens_per_second).long()
     return torch.stack(torch.meshgrid(t, torch.arange(H), torch.arange(W), indexing="ij")).reshape(3, -1) + start
 
-# %% ../nbs/30_policy.ipynb #4a245dc8
+# %% ../nbs/30_policy.ipynb #67ae8719
 def unwrap(
     model, # a transformers model, or one wrapped by PEFT, DDP, accelerate or torch.compile
 ): # the transformers model inside, LoRA layers still in place
@@ -87,7 +88,7 @@ def unwrap(
     while True:
         if hasattr(model, "_orig_mod"): model = model._orig_mod
         elif hasattr(model, "get_base_model"): model = model.get_base_model()
-        elif hasattr(model, "module") and not hasattr(model, "lm_head"): model = model.module
+        elif "module" in getattr(model, "_modules", ()): model = model.module # DeepSpeed's engine passes on what it has not
         else: return model
 
 # %% ../nbs/30_policy.ipynb #06dbba4d
@@ -122,7 +123,7 @@ def end_ids(
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return tuple(dict.fromkeys([*([ids] if isinstance(ids, int) else ids or ()), tokenizer.eos_token_id]))
 
-# %% ../nbs/30_policy.ipynb #7937dd4d
+# %% ../nbs/30_policy.ipynb #b7de2c50
 @dataclass
 class Policy:
     "A video language model, its tokenizer, and what is needed to feed it"
@@ -174,11 +175,6 @@ class Policy:
         return never_sampled(self.tokenizer.get_vocab(), self.config.text_config.vocab_size)
 
     @cached_property
-    def compiles(self): # bool
-        "Whether it is so large, and on a GPU, that compiled kernels pay"
-        return self.device.type == "cuda" and sum(w.numel() for w in self.model.parameters()) > 10**8
-
-    @cached_property
     def features(self):
         "What the vision tower made of frames lately, see `see`"
         return FeatureCache()
@@ -188,6 +184,14 @@ class Policy:
         held = self.__dict__.setdefault("_banned", {})
         if device not in held: held[device] = torch.tensor(self.suppressed_ids, device=device)
         return held[device]
+
+# %% ../nbs/30_policy.ipynb #f0b7575e
+@patch(as_prop=True)
+def compiles(self:Policy): # bool
+    "Whether it is so large, and on a GPU, that compiled kernels pay"
+    held = self.__dict__
+    if "_compiles" not in held: held["_compiles"] = self.device.type == "cuda" and sum(w.numel() for w in self.model.parameters()) > 10**8
+    return held["_compiles"]
 
 # %% ../nbs/30_policy.ipynb #ff77728a
 @singledispatch

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ReflectConfig', 'blank_spans', 'show_only', 'outside_spans', 'cluster', 'propose', 'look', 'score', 'foreign_queries',
-           'quantile_threshold', 'check_annotated', 'calibrate', 'judge', 'find_threshold', 'reflect',
-           'plot_reflection', 'auc']
+           'quantile_threshold', 'check_annotated', 'calibration_work', 'calibrate', 'judge', 'find_threshold',
+           'reflect_work', 'reflect', 'plot_reflection', 'auc']
 
-# %% ../nbs/40_reflection.ipynb #86a7b47b
+# %% ../nbs/40_reflection.ipynb #fd3f59a3
 import math
 from dataclasses import replace
 from functools import partial
@@ -15,10 +15,10 @@ from typing import Literal
 
 import numpy as np
 
-from .batches import ask_answers, ask_further, ask_yes, check_fold, clip_reader, event_text, fold_of, run_batches, sample_seed
+from .batches import InProcess, ask_answers, ask_further, ask_yes, check_fold, clip_reader, event_text, fold_of, sample_seed
 from .compute import Counts, model_shape
 from .config import settings
-from .ledger import Ledger, fingerprint
+from .ledger import fingerprint
 from .masks import blank_frames, fill_frames
 from .metrics import auc
 from .policy import encode
@@ -212,7 +212,7 @@ def quantile_threshold(
         f"{math.ceil(1/alpha) - 1} are needed: give more samples, raise alpha, or set a fixed threshold")
     return float(np.sort(scores)[k - 1])
 
-# %% ../nbs/40_reflection.ipynb #0dd6f50c
+# %% ../nbs/40_reflection.ipynb #10d160c6
 def check_annotated(
     samples, # list of `Sample`
 ):
@@ -221,30 +221,32 @@ def check_annotated(
         f"reflect: {len(bad)} of {len(samples)} samples have no annotated span (first: {bad[0]}): there is no inside "
         "and outside without one; leave them out")
 
-def calibrate(
+def calibration_work(
     policy, # Policy
-    samples, # list of `Sample`
-    cfg:ReflectConfig, # settings
-    ledger, # open Ledger of its own
-    frame_spec=None, # FrameSpec; None: the policy's own
-    cache=None, # FrameCache or None
-    read=None, # path -> Clip, instead of reading files
-    progress:bool=True, # show a progress bar
-): # (threshold, Counts)
-    "Score known negatives and take the threshold from them"
-    check_annotated(samples)
-    drawn = foreign_queries(samples, cfg.calibrate_n, cfg.negatives == "near", cfg.seed)
-    foreign = {s.qid: event_text(o) for s, o in drawn}
+    cfg, # ReflectConfig
+    foreign:dict, # qid -> event of another video
+): # (work, broken) for a runner
+    "Score known negatives"
     need, shape = replace(cfg, k=0) if cfg.evidence == "blanked" else cfg, model_shape(policy)
     def work(pairs):
         seeds = [sample_seed(cfg.seed, s.qid, "calibrate") for s, _ in pairs]
         seen = look(policy, pairs, [foreign[s.qid] for s, _ in pairs], need, seeds, shape)
         return [dict(qid=s.qid, foreign=foreign[s.qid], score=round(score(o, cfg), 4), **o)
                 for (s, _), o in zip(pairs, seen, strict=True)]
-    broken = lambda s, why: dict(qid=s.qid, score=None, reason=why)
-    counts = run_batches([s for s in samples if s.qid in foreign], work, broken, ledger,
-        read or clip_reader(policy, frame_spec, cache), cfg.batch_size, cfg.max_broken_share, cfg.readers,
-        "calibrate", progress)
+    return work, lambda s, why: dict(qid=s.qid, score=None, reason=why)
+
+def calibrate(
+    runner, # who works
+    samples, # list of `Sample`
+    cfg:ReflectConfig, # settings
+    ledger, # open Ledger of its own
+    progress:bool=True, # show a progress bar
+): # (threshold, Counts)
+    "Score known negatives and take the threshold from them"
+    check_annotated(samples)
+    drawn = foreign_queries(samples, cfg.calibrate_n, cfg.negatives == "near", cfg.seed)
+    foreign = {s.qid: event_text(o) for s, o in drawn}
+    counts = runner.map(partial(calibration_work, cfg=cfg, foreign=foreign), [s for s in samples if s.qid in foreign], ledger, cfg, "calibrate", progress)
     return quantile_threshold([r["score"] for r in ledger.rows() if not r.get("broken")], cfg.alpha), counts
 
 # %% ../nbs/40_reflection.ipynb #ee5a836c
@@ -266,19 +268,33 @@ def judge(
     else: verdict, why = "keep", f"not seen outside its annotation: {outside}; {at} (score {s:.2f} <= {threshold:.2f})"
     return dict(verdict=verdict, score=round(s, 4), threshold=round(threshold, 4), reason=why)
 
-# %% ../nbs/40_reflection.ipynb #c898a38c
+# %% ../nbs/40_reflection.ipynb #44d2ebb3
 def find_threshold(
-    policy, # Policy
+    runner, # who works
     samples, # list of `Sample`
     cfg:ReflectConfig, # settings
     ledger, # the agent's Ledger; the calibration's lies beside it
-    **kwargs, # for `calibrate`
+    progress:bool=True, # show a progress bar
 ): # (threshold, Counts)
     "The fixed threshold where one is set, else the calibrated one"
     if cfg.threshold is not None: return cfg.threshold, Counts()
     path = ledger.path.with_name(f"{ledger.path.stem}.calibration.jsonl")
-    with Ledger(path, dict(ledger.meta, calibrate_on=fingerprint([s.qid for s in samples]))) as own:
-        return calibrate(policy, samples, cfg, own, **kwargs)
+    with runner.ledger(path, dict(ledger.meta, calibrate_on=fingerprint([s.qid for s in samples]))) as own:
+        return calibrate(runner, samples, cfg, own, progress)
+
+def reflect_work(
+    policy, # Policy
+    cfg, # ReflectConfig
+    threshold:float, # on the score
+): # (work, broken) for a runner
+    "Look outside the annotated spans of a batch and conclude"
+    shape = model_shape(policy)
+    def work(pairs):
+        seeds = [sample_seed(cfg.seed, s.qid, "reflect") for s, _ in pairs]
+        seen = look(policy, pairs, [event_text(s) for s, _ in pairs], cfg, seeds, shape)
+        return [dict(qid=s.qid, **judge(o, threshold, cfg), **o) for (s, _), o in zip(pairs, seen, strict=True)]
+    nothing = dict(verdict="undecided", score=None, threshold=round(threshold, 4), p_outside=None, p_annotated=None)
+    return work, lambda s, why: dict(qid=s.qid, **nothing, proposals=[], reason=f"video could not be read: {why}")
 
 def reflect(
     policy, # Policy
@@ -289,25 +305,19 @@ def reflect(
     cache=None, # FrameCache or None
     read=None, # path -> Clip, instead of reading files
     progress:bool=True, # show progress bars
+    runner=None, # who works: of `runners`; None: this process
 ): # Counts of all findings, calibration included
     "Look for each event outside its annotation and write a verdict for every sample of the part"
     check_annotated(samples)
-    kwargs = dict(frame_spec=frame_spec, cache=cache, read=read, progress=progress)
-    threshold, spent = find_threshold(policy, samples, cfg, ledger, **kwargs)
-    shape = model_shape(policy)
-    def work(pairs):
-        seeds = [sample_seed(cfg.seed, s.qid, "reflect") for s, _ in pairs]
-        seen = look(policy, pairs, [event_text(s) for s, _ in pairs], cfg, seeds, shape)
-        return [dict(qid=s.qid, **judge(o, threshold, cfg), **o) for (s, _), o in zip(pairs, seen, strict=True)]
-    nothing = dict(verdict="undecided", score=None, threshold=round(threshold, 4), p_outside=None, p_annotated=None)
-    broken = lambda s, why: dict(qid=s.qid, **nothing, proposals=[], reason=f"video could not be read: {why}")
-    return spent + run_batches(fold_of(samples, cfg.fold_size, cfg.fold_index), work, broken, ledger, read or clip_reader(policy, frame_spec, cache),
-                               cfg.batch_size, cfg.max_broken_share, cfg.readers, "reflect", progress)
+    runner = runner or InProcess(policy, read or clip_reader(policy, frame_spec, cache))
+    threshold, spent = find_threshold(runner, samples, cfg, ledger, progress)
+    mine = fold_of(samples, cfg.fold_size, cfg.fold_index)
+    return spent + runner.map(partial(reflect_work, cfg=cfg, threshold=threshold), mine, ledger, cfg, "reflect", progress)
 
 # %% ../nbs/40_reflection.ipynb #f52d4a2f
 _all_ = ["auc"]
 
-# %% ../nbs/40_reflection.ipynb #e36303d1
+# %% ../nbs/40_reflection.ipynb #afc4d76e
 def plot_reflection(
     s, # Sample
     row:dict, # its finding
@@ -316,16 +326,16 @@ def plot_reflection(
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     for i, (a, b) in enumerate(s.spans):
-        ax.axvspan(a, b, color="0.9", label="blanked: the annotated span" if not i else None)
-        ax.bar(a, row["p_annotated"] or 0, b - a, align="edge", color="C2",
+        ax.axvspan(a, b, color="#aab2bf", alpha=.35, lw=0, label="blanked: the annotated span" if not i else None)
+        ax.bar(a, row["p_annotated"] or 0, b - a, align="edge", color="#1b7f72",
                label="annotated, shown alone" if not i else None)
     for i, o in enumerate(row["proposals"]):
         (a, b), p = o["span"], o["p_event"]
-        ax.bar(a, p, b - a, align="edge", color="C0", alpha=.6, edgecolor="C0",
+        ax.bar(a, p, b - a, align="edge", color="#27508f", alpha=.6, edgecolor="#27508f",
                label="proposal, shown alone" if not i else None)
         ax.text((a + b)/2, p + .02, f"{o['votes']} vote{'s'*(o['votes'] != 1)}", ha="center", fontsize=7)
-    if row["score"] is not None: ax.axhline(row["score"], color="C3", lw=1, label=f"score {row['score']:.2f}")
-    ax.axhline(row["threshold"], color="C3", lw=1, ls=":", label=f"threshold {row['threshold']:.2f}")
+    if row["score"] is not None: ax.axhline(row["score"], color="#e76f51", lw=1, label=f"score {row['score']:.2f}")
+    ax.axhline(row["threshold"], color="#e76f51", lw=1, ls=":", label=f"threshold {row['threshold']:.2f}")
     ax.set(xlim=(0, s.duration_s), ylim=(0, 1.12), xlabel="time (s)", ylabel="p(yes, it happens)")
     ax.set_title(f"{row['verdict']}: {s.query}"[:90], fontsize=9, parse_math=False)
     ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, .5))

@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['COLORS', 'SHAPES', 'ACTIONS', 'N_COLORS', 'N_SHAPES', 'N_ACTIONS', 'N_CONCEPTS', 'SIDE', 'ARENA', 'QUESTION',
            'concept_id', 'concept_text', 'draw_scenes', 'coverage', 'event_state', 'render', 'write_video',
-           'WorldConfig', 'make_world']
+           'WorldConfig', 'annotations', 'make_world']
 
-# %% ../nbs/13_synthetic.ipynb #e0bbf802
+# %% ../nbs/13_synthetic.ipynb #65eb7b5d
 import json
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 
-from .config import settings, to_params
+from .config import from_params, settings, to_params
 from .decode import write_mp4
 from .ledger import write_atomic
+from .progress import bar
 from .records import Sample, write_jsonl, write_samples
+from .video import write_frames
 
 # %% ../nbs/13_synthetic.ipynb #1507cece
 COLORS = {"red": (.95, .15, .15), "green": (.15, .85, .2), "blue": (.2, .35, 1.), "yellow": (.95, .9, .15),
@@ -193,7 +196,7 @@ def write_video(
     write_mp4(tmp, frames, fps, crf=30, preset="ultrafast")
     tmp.replace(path)
 
-# %% ../nbs/13_synthetic.ipynb #176b0fca
+# %% ../nbs/13_synthetic.ipynb #e15ae5f0
 @settings
 class WorldConfig:
     "The synthetic data set: sizes, shares and the seed"
@@ -207,9 +210,15 @@ class WorldConfig:
     distractors:float=.65 # how often an event shares two of three attributes with the target
     durations:tuple[int, ...]=(16, 24, 32, 48, 64) # seconds
     duration_weights:tuple[float, ...]=(.3, .25, .2, .15, .1) # how often each duration is drawn
+    store:str="mp4" # mp4: H.264 through a real decoder; npz: the frames themselves, which no decoder and no encoder is needed for
+    fps:float=4. # frames a second that are stored
+    side:int=112 # pixels, a multiple of 56
     seed:int=0 # scenes, noise, annotations
 
     def __post_init__(self):
+        if self.store not in ("mp4", "npz"): raise ValueError(f"WorldConfig.store must be mp4 or npz, got {self.store!r}")
+        if self.fps <= 0 or self.side % SIDE or self.side < SIDE:
+            raise ValueError(f"WorldConfig: fps must be above 0 and side a multiple of {SIDE}, got {self.fps} and {self.side}")
         for k, least in dict(train_videos=0, heldout_videos=0, max_events=1, seed=0).items():
             if not least <= getattr(self, k) <= 10**9: raise ValueError(f"WorldConfig.{k} must be at least {least}, got {getattr(self, k)}")
         for k in ("partial_share", "loose_share"):
@@ -219,7 +228,7 @@ class WorldConfig:
         if len(self.durations) != len(self.duration_weights):
             raise ValueError(f"WorldConfig: {len(self.durations)} durations need as many duration_weights, got {len(self.duration_weights)}")
 
-# %% ../nbs/13_synthetic.ipynb #80b4aa5e
+# %% ../nbs/13_synthetic.ipynb #90501f07
 def _scene(cfg, split, i):
     "The scene, its duration and its noise seed, of video `i` of a split"
     seed = [cfg.seed, {"train": 1, "heldout": 2}[split], i]
@@ -234,14 +243,18 @@ def _render_one(job):
     cfg, split, i, path = job
     if Path(path).exists(): return
     scene, rng = _scene(cfg, split, i)
-    write_video(path, render(scene, 0, seed=int(rng.integers(2**31))))
+    frames = render(scene, 0, cfg.fps, cfg.side, int(rng.integers(2**31)))
+    if cfg.store == "mp4": write_video(path, frames, cfg.fps)
+    else: write_frames(path, frames, np.arange(len(frames))/cfg.fps, float(scene["duration_s"]))
+
+def _file(cfg, folder, vid): return folder/"videos"/f"{vid}.{cfg.store}"
 
 def _loosen(rng, span, D):
     "Widen a span by up to 30 % of its length on each side"
     (s, e), l = span, span[1]-span[0]
     return max(0., float(_half(s-rng.random()*.3*l))), min(float(D), float(_half(e+rng.random()*.3*l)))
 
-# %% ../nbs/13_synthetic.ipynb #931340ec
+# %% ../nbs/13_synthetic.ipynb #d479c7d1
 def _rows(cfg, split, i, folder):
     "Samples and truths of one video"
     scene, rng = _scene(cfg, split, i)
@@ -253,10 +266,21 @@ def _rows(cfg, split, i, folder):
         every = [scene["spans"][0, j].tolist() for j in range(int(scene["n"][0])) if scene["concept"][0, j] == concept]
         shown = _loosen(rng, span, D) if split == "train" and rng.random() < cfg.loose_share else span
         qid = f"{vid}_q{k}"
-        samples.append(Sample(qid=qid, vid=vid, video=str(folder/"videos"/f"{vid}.mp4"), duration_s=D,
+        samples.append(Sample(qid=qid, vid=vid, video=str(_file(cfg, folder, vid)), duration_s=D,
                               query=concept_text(concept), spans=(shown,), source="synthetic", split=split))
         truths.append(dict(qid=qid, spans=sorted(every), hardness=round(float(scene["hardness"][0]), 4), partial=twice and k == 0))
     return samples, truths, scene
+
+# %% ../nbs/13_synthetic.ipynb #12c44239
+def annotations(
+    cfg:WorldConfig,
+    split:str, # train or heldout
+    folder="", # where the videos are or would be
+)->tuple: # (list of `Sample`, list of truths), without a video being rendered
+    "What `make_world` writes about a split"
+    n = dict(train=cfg.train_videos, heldout=cfg.heldout_videos)[split]
+    found = [_rows(cfg, split, i, Path(folder))[:2] for i in range(n)]
+    return [s for a,_ in found for s in a], [t for _,b in found for t in b]
 
 # %% ../nbs/13_synthetic.ipynb #20c5dfdd
 def _absent(rng, scene, concept, n):
@@ -285,35 +309,35 @@ def _questions(cfg, i, sample, scene):
               spans=base["spans"] if yes else [])
     return Sample.from_dict(qa), Sample.from_dict(ex)
 
-# %% ../nbs/13_synthetic.ipynb #f22a87ff
+# %% ../nbs/13_synthetic.ipynb #497f57c5
 def make_world(
     cfg:WorldConfig,
     folder, # where to write; videos that are already there are kept
-    workers:int=2, # threads that render
+    workers:int=2, # threads that render and encode; for npz, which nothing is encoded for, processes
     progress:bool=True, # show a bar
 )->dict: # name -> path of every file written
     "Render the synthetic data set: videos first, annotations last, so that an annotation file means a whole set"
     folder = Path(folder).absolute()
     (folder/"videos").mkdir(parents=True, exist_ok=True)
     stamp, mine = folder/"world.json", json.dumps(to_params(cfg), indent=1)
-    if stamp.exists() and stamp.read_text() != mine:
+    if stamp.exists() and from_params(WorldConfig, json.loads(stamp.read_text())) != cfg:
         raise ValueError(f"make_world: {folder} holds another world; expected {mine}, found {stamp.read_text()}; name another folder")
     write_atomic(stamp, mine)
     sizes = dict(train=cfg.train_videos, heldout=cfg.heldout_videos)
-    jobs = [(cfg, split, i, folder/"videos"/f"{split}_{i:05d}.mp4") for split, n in sizes.items() for i in range(n)]
+    jobs = [(cfg, split, i, _file(cfg, folder, f"{split}_{i:05d}")) for split, n in sizes.items() for i in range(n)]
     _run(jobs, workers, progress)
     return _annotate(cfg, folder, sizes)
 
-# %% ../nbs/13_synthetic.ipynb #4daaa0f3
+# %% ../nbs/13_synthetic.ipynb #c03316a6
 def _run(jobs, workers, progress):
-    "Render in threads (the encoder runs outside the interpreter lock), with a progress bar"
-    from tqdm.auto import tqdm
+    "Render in threads (the encoder runs outside the interpreter lock) or, without an encoder, in processes"
     jobs = [o for o in jobs if not o[3].exists()]
     if workers < 2 or len(jobs) < 8:
-        for o in tqdm(jobs, desc="render", mininterval=1, disable=not (jobs and progress)): _render_one(o)
+        for o in bar(jobs, show=bool(jobs and progress), desc="render", unit="video"): _render_one(o)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        for _ in tqdm(pool.map(_render_one, jobs), total=len(jobs), desc="render", mininterval=1, disable=not progress): pass
+    threads = jobs[0][0].store == "mp4"
+    with ThreadPoolExecutor(workers) if threads else ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        for _ in bar(pool.map(_render_one, jobs, chunksize=32), show=progress, total=len(jobs), desc="render", unit="video"): pass
 
 def _annotate(cfg, folder, sizes):
     "Write the annotation files and the truth"

@@ -119,7 +119,7 @@ def draw_points(
     points = [Point(job, round(rng.random(), 4), rng.choice(KINDS)) for job in picked]
     return sorted(points, key=lambda p: (jobs.index(p.job), p.share))
 
-# %% ../nbs/83_torture.ipynb #a53e726f
+# %% ../nbs/83_torture.ipynb #e93d9487
 @contextmanager
 def not_left(
     process, # leader of a process group
@@ -151,6 +151,13 @@ class Victim:
         path = os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])])
         return subprocess.Popen(cmd + (["--only", only] if only else []), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                                 start_new_session=True, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"})
+
+    def anew(self, job)->float: # s that it took
+        "Forget a job that ended before it was struck"
+        took = attempts(self.of(job))[-1]["wall_s"]
+        shutil.rmtree(self.of(job))
+        self.kept = {k: v for k,v in self.kept.items() if f"/{job}/" not in k}
+        return took
 
     def finish(self, only="")->str: # what it printed
         "Run to the end"
@@ -224,7 +231,7 @@ def strike(
     check_kept(victim, point)
     return what
 
-# %% ../nbs/83_torture.ipynb #869bf379
+# %% ../nbs/83_torture.ipynb #e30a043b
 def check_kept(
     victim:Victim, # after a strike
     point:Point, # the strike, for the message
@@ -236,7 +243,7 @@ def check_kept(
         if victim.kept.get(name, []) != now[:len(victim.kept.get(name, []))]: victim.lost.append(f"{name}: a finished row is gone after {point}")
         victim.kept[name] = now
 
-LEDGERS = ("reflections.jsonl", "difficulties.jsonl", "predictions.jsonl")
+LEDGERS = ("reflections.jsonl", "difficulties.jsonl", "predictions.jsonl", "set_aside.jsonl")
 
 # %% ../nbs/83_torture.ipynb #1b76e6f3
 VOLATILE = ("seconds", "elapsed_s", "step_time", "cpu_seconds", "peak_rss_gb", "peak_gpu_gb", "wall_s", "started", "attempts", "command",
@@ -367,7 +374,7 @@ def peace(
     victim.finish()
     return out | dict(report=time.monotonic() - started)
 
-# %% ../nbs/83_torture.ipynb #493c0171
+# %% ../nbs/83_torture.ipynb #e7b25fcf
 def torture(
     params, # params file
     points:int=20, # how many strikes
@@ -391,6 +398,7 @@ def torture(
         for p in (p for p in drawn if p.job == job):
             hits.append(strike(struck, p, takes[job]))
             say(f"{len(hits):4} {p.job:24}{p.share:6.2f}  {hits[-1] or 'missed (had ended)'}")
+            if not hits[-1] and job != "report": takes[job] = min(takes[job], struck.anew(job))
         struck.finish("" if job == "report" else job)
     found = struck.lost + [o for job in chosen if job != "report" for o in job_differences(whole.of(job), struck.of(job))]
     if "report" in chosen: found += report_differences(config, whole.folder, struck.folder, folder/"compared")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MAX_MESSAGE', 'FORMAT', 'FrameSpec', 'Clip', 'child_env', 'WorkerLost', 'DecodeWorker', 'stop_workers', 'probe',
-           'file_identity', 'FrameCache', 'quarantined', 'read_clip', 'unreadable']
+           'file_identity', 'FrameCache', 'quarantined', 'write_frames', 'read_clip', 'unreadable']
 
-# %% ../nbs/10_video.ipynb #0f92c483
+# %% ../nbs/10_video.ipynb #69103b00
 import atexit
 import contextlib
 import fcntl
@@ -33,8 +33,9 @@ import numpy as np
 from fastcore.basics import patch
 
 from .config import settings
-from .decode import VideoError, VideoInfo, send, serve
+from .decode import VideoError, VideoInfo, frame_size, grid_plan, linspace_plan, send, serve
 from .ledger import fingerprint, seal_line, sealed_rows
+from .progress import bar
 
 # %% ../nbs/10_video.ipynb #0fbd9195
 @settings
@@ -398,7 +399,46 @@ def quarantine_key(self:FrameCache, path, spec):
     content = identity[::2] if identity else os.path.abspath(path)
     return fingerprint([FORMAT, content, asdict(spec), _version("av"), _version("decord")])
 
-# %% ../nbs/10_video.ipynb #ec944dde
+# %% ../nbs/10_video.ipynb #0d4d311b
+def write_frames(
+    path, # .npz to write
+    frames, # [N,H,W,3] uint8, RGB
+    times, # [N] seconds of the frames, from 0 on, increasing
+    duration_s:float=0., # length of the video, seconds; 0: the last frame lasts as long as the one before it
+):
+    "Store extracted frames where a video is expected, under another name until they are whole"
+    path,times = Path(path),np.asarray(times, float)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(tmp, "wb") as f: np.savez(f, frames=frames, times=times, duration_s=duration_s or times[-1] + np.diff(times)[-1])
+    tmp.replace(path)
+
+def _stored(path):
+    "(frames, times, duration) of an .npz, checked"
+    try:
+        with np.load(path, allow_pickle=False) as z: frames,times,end = z["frames"],z["times"],z.get("duration_s")
+    except FileNotFoundError: raise VideoError(path, "no such file", "check the video root and the name") from None
+    except Exception as e:          # whatever a damaged zip brings about
+        raise VideoError(path, f"not an .npz of frames ({e})", "write it with `write_frames`") from None
+    ok = frames.ndim == 4 and frames.shape[-1] == 3 and frames.dtype == np.uint8 and times.shape == frames.shape[:1] and len(times) > 1
+    if not (ok and np.isfinite(times).all() and times[0] >= 0 and (np.diff(times) > 0).all()): raise VideoError(path,
+        f"needs frames [N,H,W,3] uint8 and as many increasing times, got {frames.shape} {frames.dtype} and {times.shape}", "write it anew")
+    return frames,times,float(end) if end is not None and end > times[-1] else float(2*times[-1] - times[-2])
+
+def _taken(path, spec):
+    "A clip of stored frames"
+    frames,times,duration_s = _stored(path)
+    plan = dict(grid=grid_plan, linspace=linspace_plan)[spec.placement]
+    try:
+        index,fps = plan(times, duration_s, spec.fps, spec.min_frames, spec.max_frames)
+        h,w = frame_size(*frames.shape[1:3], len(index), spec.factor, spec.min_pixels, spec.max_pixels, spec.total_pixels)
+    except ValueError as e: raise VideoError(path, str(e), "choose other frame settings") from None
+    frames = frames[index]
+    if (h, w) != frames.shape[1:3]:
+        from PIL import Image
+        frames = np.stack([np.asarray(Image.fromarray(o).resize((w, h), Image.Resampling.BILINEAR)) for o in frames])
+    return Clip(frames, times[index], duration_s, float(fps), str(path), "npz")
+
+# %% ../nbs/10_video.ipynb #dfac5c23
 def _read_either(path, spec, timeout_s, memory_bytes):
     "(message, pixels, note) from the wished decoder; from PyAV in a new child where decord took the first one down"
     def ask(decoder, seconds):
@@ -423,13 +463,14 @@ def _decoded(path, spec, timeout_s, memory_bytes):
     return Clip(pixels, frame_ts, path=str(path), note="; ".join(o for o in (note, about["note"]) if o), **known)
 
 def read_clip(
-    path, # video file
+    path, # video file, or an .npz of frames
     spec:FrameSpec, # which frames, what size, which decoder
     cache:FrameCache=None, # keep and find frames there, and what cannot be used
     timeout_s:float=60., # seconds for decoding; a hang ends then
     memory_bytes:int=3<<30, # memory that decoding may take
 )->Clip: # sampled frames and their times
     "Frames of a video file with the container's times; `VideoError` in bounded time where it cannot be used"
+    if str(path).endswith(".npz"): return _taken(path, spec)
     if cache is None: return _decoded(path, spec, timeout_s, memory_bytes)
     key = cache.quarantine_key(path, spec)
     try:
@@ -441,7 +482,7 @@ def read_clip(
     cache.put(entry, clip)
     return clip
 
-# %% ../nbs/10_video.ipynb #bcd85ac5
+# %% ../nbs/10_video.ipynb #4f201aa6
 def unreadable(
     paths, # video files; each is read once
     spec:FrameSpec, # which frames, what size, which decoder
@@ -450,10 +491,9 @@ def unreadable(
     timeout_s:float=60., # seconds for each
 )->dict: # path -> why it cannot be used
     "Read every video of a set and name those that cannot be used; `ValueError` where there are too many"
-    from tqdm.auto import tqdm
     if not 0 <= max_failed <= 1: raise ValueError(f"unreadable: max_failed is a share in [0,1], got {max_failed}")
     failed,paths = {},list(dict.fromkeys(map(str, paths)))
-    for path in tqdm(paths, desc="videos", mininterval=1, disable=None):
+    for path in bar(paths, desc="videos", unit="video"):
         try: read_clip(path, spec, cache, timeout_s)
         except VideoError as e: failed[path] = str(e)
     if len(failed) > max_failed*len(paths): raise ValueError(f"unreadable: {len(failed)} of {len(paths)} videos "

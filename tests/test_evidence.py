@@ -1,0 +1,59 @@
+"The committed reports of evidence say what their cells say, and the program of cells runs, stops and goes on."
+import json
+from pathlib import Path
+
+import pytest
+
+from videotg_r1.config import from_params, load_params
+from videotg_r1.experiments import Lab, program
+
+ROOT = Path(__file__).parent.parent
+REPORTS = ROOT/"reports"
+
+
+def test_every_number_of_the_evidence_is_computed_from_its_cells():
+    from videotg_r1.evidence import check_reports
+    if not list(REPORTS.glob("evidence-*")): pytest.skip("no report of evidence is committed")
+    for name,wrong in check_reports(REPORTS).items(): assert not wrong, f"reports/{name}/README.md: {wrong}"
+
+
+@pytest.mark.parametrize("folder", sorted(REPORTS.glob("evidence-*")), ids=lambda p: p.name)
+def test_a_report_is_small_and_whole(folder):
+    assert {p.name for p in folder.iterdir()} == {"README.md", "cells.json.xz", "figure.png"}
+    assert sum(p.stat().st_size for p in folder.iterdir()) <= 500_000
+    text = (folder/"README.md").read_text()
+    assert text.startswith("# ") and text.split("\n")[2].startswith("**") and "What would change our mind" in text
+    assert "query-blind" in text and "zero-shot" in text
+
+
+@pytest.mark.parametrize("path", sorted((ROOT/"params/evidence").glob("*.yaml")), ids=lambda p: p.name)
+def test_params_name_cells_whose_needs_are_met(path):
+    params = load_params(path)
+    cells = program(from_params(Lab, params["lab"]), params["program"])
+    names = [c.name for c in cells]
+    assert len(set(names)) == len(names)
+    for c in cells: assert not set(c.needs) - set(names), f"{c.name} needs {sorted(set(c.needs) - set(names))[:3]}"
+
+
+def test_a_program_goes_on_where_it_was(tmp_path):
+    "Two processes; a cell that is there is not done again, a failed one is tried again, an agent's pass is shared."
+    from videotg_r1.experiments import run_program
+    lab = load_params(ROOT/"params/evidence/smoke.yaml")["lab"] | dict(device="cpu", pool=16, lrs={}, chunks=1)
+    lab["worlds"] = {k: v | dict(train_videos=min(v["train_videos"], 24), heldout_videos=min(v["heldout_videos"], 4), durations=[16], duration_weights=[1.])
+                     for k,v in lab["worlds"].items() if k in ("pool", "test")}
+    lab["grpo"] = lab["grpo"] | dict(steps=1, prompts_per_step=2, G=2, lr=1e-4)
+    arms = [dict(experiment="masking", seeds=[0], budget=4, masks=["linear"], controls=["plain"])]
+    first = run_program(dict(lab=lab, program=arms), tmp_path, workers=1, keep=str(tmp_path/"kept.tar.gz"))
+    assert (first["done"], first["failed"], first["left"]) == (3, 0, 0)
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path/"cells").iterdir()}
+    r = json.loads((tmp_path/"cells/mask-linear-4-s1-0.json").read_text())
+    assert r["n"] == 4 and r["partial"] == 0 and r["tests"]["test"]["n"] == 8
+    more = [*arms, dict(experiment="masking", seeds=[1], budget=4, masks=[], controls=["plain"]), dict(experiment="headline", seeds=[0], budgets=[99])]
+    again = run_program(dict(lab=lab, program=more), tmp_path, workers=1, deadline_s=0)
+    assert again["done"] == 3 and again["left"] == len(program(from_params(Lab, lab), more)) - 3, "after the deadline no cell is started"
+    assert all(p.stat().st_mtime_ns == t for p,t in files.items())
+    after_another = tmp_path/"cells/mask-linear-4-s1-0.json"
+    after_another.unlink()
+    assert run_program(dict(lab=lab, program=arms), tmp_path, workers=1)["done"] == 3
+    alone = json.loads(after_another.read_text())
+    assert alone["history"] == r["history"] and alone["tests"]["test"]["ious"] == r["tests"]["test"]["ious"], "what a process did before changes nothing"

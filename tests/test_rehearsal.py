@@ -1,0 +1,33 @@
+"The dress rehearsal in miniature: real tokenizer, real clips, random weights loaded from a folder, every stage, killed once"
+import json
+import os
+
+import pytest
+import rehearsal
+
+there = rehearsal.SHARED/"tokenizer/qwen2_5/tokenizer.json"
+
+
+@pytest.mark.skipif(not there.is_file(), reason=f"no shared data: {there} is not there (VTG_SHARED_DATA says where)")
+def test_its_model_and_annotations_are_what_a_users_would_be(tmp_path):
+    from videotg_r1.policy import load_policy
+    from videotg_r1.records import read_samples
+    n = rehearsal.write_model(tmp_path/"model")
+    policy = load_policy(str(tmp_path/"model"), device="cpu")
+    assert n == sum(p.numel() for p in policy.model.parameters()) and policy.video_token_id == 151656 and len(policy.tokenizer) >= 151665
+    counts = rehearsal.write_annotations(tmp_path, repeat=2)
+    train, heldout = read_samples(tmp_path/"train.jsonl"), read_samples(tmp_path/"heldout.jsonl")
+    assert (len(train), len(heldout)) == (counts["train"], counts["heldout"]) and not {s.video for s in train} & {s.video for s in heldout}
+    path = rehearsal.write_params(tmp_path, steps=7, given=["shared.grpo={G: 2}", "shared.device=cuda"])
+    assert "G: 2" in path.read_text() and "steps: 7" in path.read_text() and "device: cuda" in path.read_text()
+
+
+@pytest.mark.skipif(not there.is_file() or not os.environ.get("VTG_REHEARSAL"), reason="takes minutes: VTG_REHEARSAL=1, with the shared data")
+def test_every_stage_from_prepare_to_report_killed_once(tmp_path):
+    rehearsal.write_model(tmp_path/"model")
+    rehearsal.write_annotations(tmp_path)
+    rehearsal.write_params(tmp_path)
+    report, resumed = rehearsal.rehearse(tmp_path)
+    assert (report/"index.html").is_file() and resumed == 2
+    metrics = json.loads((report/"metrics.json").read_text())
+    assert metrics["claim"]
