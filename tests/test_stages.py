@@ -45,6 +45,9 @@ def ours(folder):
     return found
 
 
+pytestmark = pytest.mark.xdist_group("stages")                 # one smoke run for all of them
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smoke")/"peace"    # `torture` compares with it

@@ -1,10 +1,6 @@
 """Training through TRL: the same update as a plain loop, and a resumed run that is the uninterrupted run."""
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -276,34 +272,6 @@ def test_other_settings_data_or_weights_are_refused(world, tmp_path):
     before = (tmp_path/"history.jsonl").stat().st_mtime_ns
     _, out = run(world, tmp_path, cfg)                              # finished: nothing is trained
     assert (tmp_path/"history.jsonl").stat().st_mtime_ns == before and out["steps"] == 1
-
-
-def make_world_at(folder):
-    "The samples that are in a folder already"
-    from videotg_r1.records import read_samples
-    return read_samples(folder/"s.jsonl"), None
-
-
-TWO = """
-import sys; sys.path.insert(0, {root!r}); sys.path.insert(0, {here!r})
-from pathlib import Path
-import test_training as t
-t.run(t.make_world_at(Path({data!r})), {out!r}, t.settings(steps=2, prompts_per_step=4, save_steps=1))
-"""
-
-
-def test_two_processes_train_as_one(world, tmp_path):
-    from videotg_r1.records import write_samples
-    here = Path(__file__).parent
-    write_samples(tmp_path/"s.jsonl", world[0])
-    (tmp_path/"two.py").write_text(TWO.format(root=str(here.parent), here=str(here), data=str(tmp_path), out=str(tmp_path/"b")))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path/"two.py")],
-                   env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=900)
-    cfg = settings(steps=2, prompts_per_step=4, save_steps=1)
-    one, out = run(world, tmp_path/"a", cfg)
-    two, out2 = run(world, tmp_path/"b", cfg)                       # finished there: loads what the two made
-    assert gap(one, two) < 1e-4 < gap(one, random_policy()) and out["tokens"] == out2["tokens"]
-    assert [r["reward"] for r in rows_of(out)] == pytest.approx([r["reward"] for r in rows_of(out2)], abs=1e-5)
 
 
 # ---------------------------------------------------------------- what lies on disk
