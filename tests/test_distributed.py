@@ -121,7 +121,9 @@ def pretend_gpu():
 def train_two(data, out, cases, sharded):
     "What each of two processes does"
     import test_training as t
-    world = t.make_world_at(data)
+
+    from videotg_r1.records import read_samples
+    world = read_samples(data/"s.jsonl"), None
     if sharded:
         pretend_gpu()
         log = t.grpo.RunTrainer.log
