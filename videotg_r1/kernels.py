@@ -14,7 +14,24 @@ if TRITON := find_spec("triton") is not None:
     import triton
     import triton.language as tl
 
-# %% ../nbs/30_kernels.ipynb #f0c3aa1c
+# %% ../nbs/30_kernels.ipynb #2148140a
+if TRITON:
+    @triton.jit
+    def look_over(x, k, v, first, end, acc, top, total, scale, D: tl.constexpr, N: tl.constexpr, EXACT: tl.constexpr):
+        c, n = tl.arange(0, D), tl.arange(0, N)
+        for i in range(first, end, N):
+            here = i + n < end
+            y = tl.load(k + (i + n)[:, None]*D + c, mask=here[:, None], other=0.)
+            score = tl.dot(x, tl.trans(y), input_precision="ieee" if EXACT else "tf32")*scale
+            score = tl.where(here[None, :], score, -1e30)
+            new = tl.maximum(top, tl.max(score, 1))
+            p, keep = tl.exp(score - new[:, None]), tl.exp(top - new)
+            y = tl.load(v + (i + n)[:, None]*D + c, mask=here[:, None], other=0.)
+            acc = acc*keep[:, None] + tl.dot(p.to(y.dtype), y, input_precision="ieee" if EXACT else "tf32")
+            total, top = total*keep + tl.sum(p, 1), new
+        return acc, top, total
+
+# %% ../nbs/30_kernels.ipynb #5f57affc
 if TRITON:
     @triton.jit
     def on_prompt(q, k, v, length, done, part, norm, columns, chunk, rows, scale,
@@ -22,35 +39,26 @@ if TRITON:
         slot, h, s = tl.program_id(0) // HEADS, tl.program_id(0) % HEADS, tl.program_id(1)
         g = tl.arange(0, triton.next_power_of_2(G))
         if tl.min(tl.load(done + slot*G + g, mask=g < G, other=1).to(tl.int32), 0) == 1: return
-        r, c, n = tl.program_id(2)*M + tl.arange(0, M), tl.arange(0, D), tl.arange(0, N)
+        r, c = tl.program_id(2)*M + tl.arange(0, M), tl.arange(0, D)
         ok, row = r < G*REP, (slot*G + r // REP)*HEADS*REP + h*REP + r % REP
         x = tl.load(q + row[:, None]*D + c, mask=ok[:, None], other=0.)
         top, total, acc = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
         at = tl.program_id(0).to(tl.int64)*columns*D
         end = tl.minimum(s*chunk + chunk, tl.load(length + slot).to(tl.int32))
-        for i in range(s*chunk, end, N):
-            here = i + n < end
-            y = tl.load(k + at + (i + n)[:, None]*D + c, mask=here[:, None], other=0.)
-            score = tl.dot(x, tl.trans(y), input_precision="ieee" if EXACT else "tf32")*scale
-            score = tl.where(here[None, :], score, -1e30)
-            new = tl.maximum(top, tl.max(score, 1))
-            p, keep = tl.exp(score - new[:, None]), tl.exp(top - new)
-            y = tl.load(v + at + (i + n)[:, None]*D + c, mask=here[:, None], other=0.)
-            acc = acc*keep[:, None] + tl.dot(p.to(y.dtype), y, input_precision="ieee" if EXACT else "tf32")
-            total, top = total*keep + tl.sum(p, 1), new
+        acc, top, total = look_over(x, k + at, v + at, s*chunk, end, acc, top, total, scale, D, N, EXACT)
         out = s.to(tl.int64)*rows + row
         tl.store(part + out[:, None]*D + c, acc, mask=ok[:, None])
         tl.store(norm + out*2, top, mask=ok)
         tl.store(norm + out*2 + 1, total, mask=ok)
 
-# %% ../nbs/30_kernels.ipynb #be2e6b5b
+# %% ../nbs/30_kernels.ipynb #bd1cd77c
 if TRITON:
     @triton.jit
     def on_own(q, new_k, new_v, k, v, count, done, part, norm, out, T, rows, scale,
                HEADS: tl.constexpr, G: tl.constexpr, REP: tl.constexpr, D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, CHUNKS: tl.constexpr,
                EXACT: tl.constexpr):
         b, h = tl.program_id(0), tl.program_id(1)
-        r, c, n = tl.arange(0, M), tl.arange(0, D), tl.arange(0, N)
+        r, c = tl.arange(0, M), tl.arange(0, D)
         ok, row = r < REP, b*HEADS*REP + h*REP + r
         top, total, acc = tl.full([M], -1e30, tl.float32), tl.zeros([M], tl.float32), tl.zeros([M, D], tl.float32)
         if tl.load(done + b) == 0:
@@ -61,16 +69,7 @@ if TRITON:
             tl.store(v + at + last*D + c, value)
             top = tl.sum(x.to(tl.float32)*key.to(tl.float32)[None, :], 1)*scale        # the newest token itself
             total, acc = total + 1, acc + value.to(tl.float32)[None, :]
-            for i in range(0, last, N):
-                here = i + n < last
-                y = tl.load(k + at + (i + n)[:, None]*D + c, mask=here[:, None], other=0.)
-                score = tl.dot(x, tl.trans(y), input_precision="ieee" if EXACT else "tf32")*scale
-                score = tl.where(here[None, :], score, -1e30)
-                new = tl.maximum(top, tl.max(score, 1))
-                p, keep = tl.exp(score - new[:, None]), tl.exp(top - new)
-                y = tl.load(v + at + (i + n)[:, None]*D + c, mask=here[:, None], other=0.)
-                acc = acc*keep[:, None] + tl.dot(p.to(y.dtype), y, input_precision="ieee" if EXACT else "tf32")
-                total, top = total*keep + tl.sum(p, 1), new
+            acc, top, total = look_over(x, k + at, v + at, 0, last, acc, top, total, scale, D, N, EXACT)
             for s in tl.static_range(CHUNKS):
                 o = row.to(tl.int64) + s*rows
                 other = tl.load(norm + o*2, mask=ok, other=-1e30)
