@@ -3,8 +3,10 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -42,6 +44,12 @@ def write_model(folder, shape="", device="cpu"):
     return sum(p.numel() for p in model.parameters())
 
 
+def write_model_apart(folder, shape="", device="cpu", env=None):
+    "`write_model` in a process of its own, which gives the GPU back"
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT/'tests')]}; from rehearsal import write_model; print(write_model(*sys.argv[1:]), 'parameters', flush=True)"
+    subprocess.run([sys.executable, "-c", code, str(folder), shape, device], check=True, env=env)
+
+
 def write_annotations(folder, repeat=1):
     "train.jsonl and heldout.jsonl about the clips that are there; `repeat` asks each query so often"
     rows = dict(train=[], heldout=[])
@@ -57,7 +65,7 @@ def write_annotations(folder, repeat=1):
 
 
 def write_params(folder, device="cpu", steps=0, given=()):
-    "params/rehearsal.yaml with places and sizes filled in; `given` are section.name=value, as in shared.grpo={...}"
+    "params/rehearsal.yaml with places and sizes filled in; `given` are section.name=value, as in shared.grpo={...}; null leaves it out"
     config = yaml.safe_load((ROOT/"params/rehearsal.yaml").read_text())
     config["shared"] |= dict(model=str(folder/"model"), device=device)
     config["prepare"] |= dict(train=str(folder/"train.jsonl"), heldout=str(folder/"heldout.jsonl"), videos=str(SHARED/"clips"))
@@ -66,9 +74,41 @@ def write_params(folder, device="cpu", steps=0, given=()):
         name, value = o.split("=", 1)
         section, key = name.split(".")
         value = yaml.safe_load(value)
-        config[section][key] = config[section].get(key, {}) | value if isinstance(value, dict) else value
+        if value is None: config[section].pop(key, None)
+        else: config[section][key] = config[section].get(key, {}) | value if isinstance(value, dict) else value
     (folder/"params.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return folder/"params.yaml"
+
+
+class Trace:
+    "What the driver says about the GPUs, five times a second, and how files of rows grow"
+    def __init__(self, device, root=None):
+        self.rows, self.grown, self.root, self.device = [], [], root, device
+        if device != "cpu" or root: threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        cards, known = [], {}
+        if self.device != "cpu":
+            import pynvml
+            pynvml.nvmlInit()
+            cards = [pynvml.nvmlDeviceGetHandleByIndex(i) for i in range(pynvml.nvmlDeviceGetCount())]
+        while True:
+            time.sleep(.2)
+            if cards: self.rows.append((time.time(), [pynvml.nvmlDeviceGetUtilizationRates(c).gpu for c in cards],
+                                        [round(pynvml.nvmlDeviceGetMemoryInfo(c).used/2**30, 2) for c in cards]))
+            for p in [*self.root.glob("*/*.jsonl"), *self.root.glob("*/training/history.jsonl")] if self.root else ():
+                try: n = p.read_bytes().count(b"\n")
+                except OSError: continue
+                if n != known.get(p, 0): self.grown.append((time.time(), str(p.relative_to(self.root)), n)); known[p] = n
+
+    def over(self, since, until, gpus=(0,)): # time.time(); of these GPUs
+        rows, at = [r for r in self.rows if since <= r[0] <= until], list(gpus)
+        if not rows: return {}
+        return dict(util=[round(statistics.mean(r[1][i] for r in rows), 1) for i in at], peak_gib=[max(r[2][i] for r in rows) for i in at])
+
+    def work(self, job, since, until): # (first, last) row that a stage wrote in that time, or None
+        at = [t for t, p, _ in self.grown if p.startswith(f"{job}/") and since <= t <= until]
+        return (at[0], at[-1]) if len(at) > 1 else None
 
 
 def vtg(folder, *more):
@@ -78,20 +118,59 @@ def vtg(folder, *more):
 
 
 def rehearse(folder, kill_after="train-videotg_r1", timeout_s=3600.):
-    "Run; kill -9 when that stage's history has two rows; run again. Returns the report's folder"
+    "Run; kill -9 when that stage's history has three rows; run again. Returns the report's folder and where training went on"
     run, end = vtg(folder, "--jobs", "1"), time.monotonic() + timeout_s
     history = folder/"runs/rehearsal"/kill_after/"training/history.jsonl"
-    while run.poll() is None and time.monotonic() < end:
-        if history.is_file() and history.read_bytes().count(b"\n") >= 3:
-            os.killpg(run.pid, signal.SIGKILL)
-            break
-        time.sleep(.1)
-    run.wait()
-    assert run.returncode == -signal.SIGKILL, f"`vtg run` ended with {run.returncode} before it was killed"
+    try:
+        while run.poll() is None and time.monotonic() < end:
+            if history.is_file() and history.read_bytes().count(b"\n") >= 3: break
+            time.sleep(.1)
+        assert run.poll() is None, f"`vtg run` ended with {run.returncode} before it was killed"
+    finally:
+        if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    assert history.is_file(), f"{kill_after} had not begun after {timeout_s:.0f} s"
     again = vtg(folder, "--jobs", "1")
-    assert again.wait(timeout_s) == 0, f"`vtg run`, called again, ended with {again.returncode}"
+    try: assert again.wait(max(end - time.monotonic(), 1)) == 0, f"`vtg run`, called again, ended with {again.returncode}"
+    finally:
+        if again.poll() is None: os.killpg(again.pid, signal.SIGKILL)
     result = json.loads((folder/"runs/rehearsal"/kill_after/"training/final/complete.json").read_text())["info"]
     return folder/"reports/rehearsal", result["resumed_from"]
+
+
+def measured(folder, trace):
+    "Every stage: what preflight says it needs beside what it took, and how busy the GPU was"
+    from videotg_r1.config import load_params
+    from videotg_r1.doctor import gpus
+    from videotg_r1.prediction import RATES
+    from videotg_r1.preflight import CPU, CPU_RATES, card_of, check_data, outlook
+    from videotg_r1.stages import Job, check_params, plan_run, stage_notebook
+    config, rows = load_params(folder/"params.yaml"), []
+    jobs = [Job(j.name, j.stage, check_params(stage_notebook(j.stage), j.params), j.needs) for j in plan_run(config, folder/"runs")]
+    _, sizes, _ = check_data(next(j for j in jobs if j.stage == "prepare").params)
+    cpu = config["shared"]["device"] == "cpu"
+    for j in jobs:
+        at = folder/"runs/rehearsal"/j.name
+        if not (at/"run.json").is_file(): continue
+        run, look = json.loads((at/"run.json").read_text()), outlook(j, sizes, CPU if cpu else card_of(gpus()[0].name), 1, CPU_RATES if cpu else RATES)
+        row = dict(stage=j.name, attempts=run["attempts"], compute=run.get("compute", {}), predicted=look and dict(seconds=look.seconds, gb=look.gb, how=look.how))
+        for o in run["attempts"]:
+            o |= trace.over(o["started"], o["started"] + (o["wall_s"] or 0))
+            if w := trace.work(j.name, o["started"], o["started"] + (o["wall_s"] or 1e9)): o["work"] = dict(seconds=round(w[1] - w[0], 2), **trace.over(*w))
+        if (h := at/"training/history.jsonl").is_file():
+            steps = [json.loads(o) for o in h.read_text().splitlines()]
+            row["steps"] = [{k: o.get(k) for k in ("step", "elapsed_s", "step_time", "loss", "reward", "grad_norm", "at_once")} for o in steps]
+        rows.append(row)
+    return dict(sizes={k: v for k, v in sizes.items() if not isinstance(v, list)}, shared=config["shared"], rows=rows, grown=[(round(t - trace.begun, 1), p, n) for t, p, n in trace.grown],
+                trace=[(round(t - trace.begun, 1), u[0], m[0]) for t, u, m in trace.rows])
+
+
+def table(found):
+    "Lines for people"
+    for r in found["rows"]:
+        last, p, gib = r["attempts"][-1], r["predicted"] or {}, r["compute"].get("peak_gpu_gb", 0)
+        yield (f"{r['stage']:22} {'+'.join(str(round(o['wall_s'] or 0)) for o in r['attempts']):>9} s  predicted {p.get('seconds', 0):5.0f} s   {gib*1.0737:5.1f} GB  predicted {p.get('gb', 0):5.1f}   "
+               f"GPU busy {last.get('util', ['-'])[0]} % in all, {last.get('work', {}).get('util', ['-'])[0]} % in {last.get('work', {}).get('seconds', 0)} s of work")
 
 
 if __name__ == "__main__":
@@ -102,12 +181,18 @@ if __name__ == "__main__":
     p.add_argument("--steps", type=int, default=0, help="of training (default: as in params/rehearsal.yaml)")
     p.add_argument("--repeat", type=int, default=1, help="how often each query is asked, to make a run longer")
     p.add_argument("--set", nargs="*", default=[], metavar="section.name=value", help="over params/rehearsal.yaml, as shared.frames='{max_frames: 64}'")
+    p.add_argument("--until", type=float, default=3600., help="seconds after which it is given up")
     a = p.parse_args()
     a.folder = a.folder.resolve()
     a.folder.mkdir(parents=True, exist_ok=True)
     print(f"{write_annotations(a.folder, a.repeat)} samples", flush=True)
-    if not (a.folder/"model/config.json").is_file(): print(f"{write_model(a.folder/'model', a.shape, a.device)/1e9:.3f} G parameters", flush=True)
+    if not (a.folder/"model/videotg.json").is_file(): write_model_apart(a.folder/"model", a.shape, a.device)
     write_params(a.folder, a.device, a.steps, a.set)
-    began = time.monotonic()
-    report, resumed = rehearse(a.folder)
+    began, trace = time.monotonic(), Trace(a.device, a.folder/"runs/rehearsal")
+    trace.begun = time.time()
+    try: report, resumed = rehearse(a.folder, timeout_s=a.until)
+    finally:
+        found = measured(a.folder, trace)
+        (a.folder/"measured.json").write_text(json.dumps(found))
+        print(*table(found), sep="\n", flush=True)
     print(f"{report}/index.html after {time.monotonic() - began:.0f} s; killed once, training went on from step {resumed}")

@@ -167,7 +167,7 @@ def test_gradient_checkpointing_and_frozen_vision(world, tmp_path):
     assert torch.equal(b.model.model.visual.blocks[0].attn.qkv.weight, random_policy().model.model.visual.blocks[0].attn.qkv.weight)
 
 
-def hard(transfer=False, how="blank", schedule="linear"):
+def hard(transfer="none", how="blank", schedule="linear"):
     rows = [dict(qid=f"q{i}", difficulty=.9, bin="hard") if i % 2 else dict(qid=f"q{i}", difficulty=.1, bin="easy") for i in range(4)]
     return Curriculum(CurriculumConfig(schedule=schedule, start=1., until=1., transfer=transfer, how=how, reach_s=1., margin_s=.5), rows), rows
 
@@ -185,10 +185,28 @@ def test_curriculum_at_the_exact_step(world, tmp_path, how):
 
 
 def test_hint_transfer_trains_on_the_whole_video(world, tmp_path):
-    cur, rows = hard(transfer=True)
+    cur, rows = hard(transfer="all")
     _, out = run(world, tmp_path, settings(steps=2, prompts_per_step=4), curriculum=cur, difficulties=rows)
     r = rows_of(out)[0]
     assert r["curriculum/hint_logp_difference"] > 1e-4 > r["sampling/sampling_logp_difference/max"]
+
+
+@pytest.mark.parametrize("how", ["all", "one"])
+def test_hints_carry_importance_weights(world, tmp_path, how):
+    "A weight of nothing moves nothing; one answer in four is a hint; both kinds of weight differ from none."
+    rows = [dict(qid=f"q{i}", difficulty=.9, bin="hard") for i in range(4)]
+    def trained(name, **kw):
+        cur = Curriculum(CurriculumConfig(start=1., until=1., transfer=how, reach_s=1., margin_s=.5, **kw), rows)
+        return run(world, tmp_path/name, settings(prompts_per_step=4, optim="sgd", lr=1., max_grad_norm=0.), curriculum=cur, difficulties=rows)
+    plain, out = trained("none", transfer_weight="none")
+    assert rows_of(out)[0]["curriculum/hint_logp_difference"] > 1e-4 and "curriculum/hint_weight" not in rows_of(out)[0]
+    token, out = trained("token")
+    sequence, _ = trained("sequence", transfer_weight="sequence")
+    nothing, _ = trained("cap", transfer_cap=1e-9)
+    assert .3 < rows_of(out)[0]["curriculum/hint_weight"] <= 2
+    assert gap(plain, token) > 1e-7 and gap(plain, sequence) > 1e-7 and gap(token, sequence) > 1e-7
+    moved = gap(nothing, random_policy())
+    assert moved < 1e-7 if how == "all" else moved > 1e-7
 
 
 def test_a_parity_break_ends_the_run(world, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ __all__ = ['YES_NO', 'by_video', 'plan_units', 'longest_first', 'check_fold', 'f
            'ask_yes', 'ask_further', 'check_broken', 'find', 'run_batches', 'write_found', 'part_path', 'take_in',
            'InProcess']
 
-# %% ../nbs/34_batches.ipynb #75ae16db
+# %% ../nbs/34_batches.ipynb #a61d6eee
 import itertools
 import time
 import warnings
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from .compute import model_shape, prompt_cost, total_cost
-from .engine import answer_probability, go_on, inference, sample, seen
+from .engine import answer_probability, go_on, in_flight, inference, sample, seen
 from .ledger import Ledger, fingerprint
 from .policy import frame_spec
 from .progress import bar
@@ -161,26 +161,27 @@ def within_memory(
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         warnings.warn(f"out of memory: going on with {n} prompts at a time", RuntimeWarning, stacklevel=2)
 
-# %% ../nbs/34_batches.ipynb #ee4e03c5
+# %% ../nbs/34_batches.ipynb #9b38fd24
 @singledispatch
 def ask_answers(
     policy, # Policy
     encodeds, # list of Encoded
     G:int=1, # answers to each
     shape=None, # ModelShape, to spare reading it again
-    batch_size:int=16, # prompts at a time
+    batch_size:int=0, # prompts at a time; 0: as `in_flight` says
     **kwargs, # for `sample`: temperature, top_p, max_new_tokens, seed, greedy, prompts
 ): # (texts [B][G], tokens [B][G], [B] Counts)
     "Sample answers to prompts and count what that cost"
     if not encodeds: return [], [], []
     t, shape = time.perf_counter(), shape or model_shape(policy)
-    r = within_memory(policy, lambda n: sample(policy, encodeds, G=G, batch_size=n, **kwargs), batch_size)
+    at_once = batch_size or in_flight(policy, encodeds, G*kwargs.get("max_new_tokens", 32))
+    r = within_memory(policy, lambda n: sample(policy, encodeds, G=G, batch_size=n, **kwargs), at_once)
     tokens, seconds = r.mask.sum(-1).long().tolist(), (time.perf_counter() - t)/len(encodeds)
     known = [0]*len(encodeds) if (read := kwargs.get("prompts")) is None else read.known
     costs = [replace(prompt_cost(shape, e, n, known=k), seconds=seconds) for e, n, k in zip(encodeds, tokens, known, strict=True)]
     return r.texts, tokens, costs
 
-# %% ../nbs/34_batches.ipynb #184bf99a
+# %% ../nbs/34_batches.ipynb #de2c8807
 YES_NO = (("yes", "Yes"), ("no", "No"))     # however a model begins its answer
 
 @singledispatch
@@ -188,7 +189,7 @@ def ask_yes(
     policy, # Policy
     encodeds, # list of Encoded, prompts of `exists_prompt`
     shape=None, # ModelShape, to spare reading it again
-    batch_size:int=16, # prompts in one forward pass
+    batch_size:int=0, # prompts in one forward pass; 0: as `in_flight` says
     keep:bool=False, # return what was read too, for questions that follow on the same frames
 ): # ([B] probabilities as floats, [B] Counts); keep: also the Prompts, in parts of `batch_size` at most
     "Probability of yes for each prompt, and what asking cost"
@@ -197,7 +198,7 @@ def ask_yes(
     def ask(n):
         if keep: kept.clear()
         return answer_probability(policy, encodeds, YES_NO, batch_size=n, kept=kept).tolist()
-    p = within_memory(policy, ask, batch_size)
+    p = within_memory(policy, ask, batch_size or in_flight(policy, encodeds))
     seconds = (time.perf_counter() - t)/len(encodeds)
     costs = [replace(prompt_cost(shape, e), seconds=seconds) for e in encodeds]
     return (p, costs, kept) if keep else (p, costs)

@@ -464,7 +464,7 @@ def bench_exact(
             f"gradient: ours {b:.1e} from rows, rows one at a time {d:.1e} (relative)")
     yield row("exact", note=note, ours_logps=a, rows_logps=c, ours_gradient=b, rows_gradient=d)
 
-# %% ../nbs/79_bench.ipynb #1a4dfe48
+# %% ../nbs/79_bench.ipynb #7391fd5d
 def ours_step(
     work, # Work
     make=None, # () -> list of Encoded; None: the work's
@@ -489,8 +489,8 @@ def rows_step(
     "A step of GRPO the conventional way"
     p, c, es = work.policy, work.cfg, work.encodeds
     p.model.zero_grad()
+    with stock(p): found = generated(p, es, c.G, max_new_tokens or c.max_new_tokens)      # recomputing layers keep no cache
     with conventional(p, recompute=p.device.type == "cuda"):
-        found = generated(p, es, c.G, max_new_tokens or c.max_new_tokens)
         ids = torch.full((len(es), c.G, max(o.shape[1] for o in found)), p.pad_id, device=p.device)
         for i, o in enumerate(found): ids[i, :, :o.shape[1]] = o
         learn(p, es, ids, weights(ids != p.pad_id), c.G*work.micro)

@@ -341,12 +341,19 @@ def merge(
         if names: say(f"missing: {len(names)} {what}, first {', '.join(map(str, names[:3]))}", file=sys.stderr)
     return int(bool(found["absent"] or found["missing"]))
 
-# %% ../nbs/82_cli.ipynb #02fa4079
+# %% ../nbs/82_cli.ipynb #27f2a122
 def evidence(
-    args, # params, out, workers, deadline, reports
+    args, # params, out, workers, deadline, reports, count
 )->int: # 1 if a cell failed
     "do what is left of a program of experiments, and write its reports"
     params, bad = params_of(args.params), 0
+    if args.count:
+        x = lib("experiments")
+        there = {p.stem for p in Path(args.out, "cells").glob("*.json")}
+        say("left cells trainings prompts part")
+        for r in x.listing(x.from_params(x.Lab, params["lab"]), params["program"], there):
+            say(f"{r['left']:4d} {r['cells']:5d} {r['trainings']:9d} {r['prompts']:7d} {r['part']}")
+        return 0
     if args.deadline:
         found = lib("experiments").run_program(params, args.out, args.workers, args.deadline)
         bad = found["failed"]
@@ -362,7 +369,7 @@ VALUES = ("values", dict(nargs="*", metavar="name=value", help="values, read as 
 STALL = ("--stall", dict(type=float, default=1800., metavar="SECONDS", help="end a stage that gives no sign of life for so long (default 1800)"))
 FORCE = ("--force", dict(action="store_true", help="replace results of other parameters instead of refusing"))
 
-# %% ../nbs/82_cli.ipynb #5711f445
+# %% ../nbs/82_cli.ipynb #ad447498
 DATA_VERBS = {
     "data": (data, [("name", dict(help="a set, as in charades_sta or jsonl, or a params file")),
                     ("--root", dict(default="", help="folder of the sets, in VideoMind's layout (default: data, or what the params file says)")),
@@ -382,7 +389,8 @@ DATA_VERBS = {
     "merge": (merge, [("out", dict(help="ledger to write, a new file")), ("parts", dict(nargs="+", help="ledgers of the parts")),
                       ("--samples", dict(default="", help="jsonl of the whole set, to count the samples that no part has"))]),
     "evidence": (evidence, [PARAMS, ("--out", dict(default="runs/evidence", help="folder of the cells, gone on with (default: runs/evidence)")),
-                            ("--workers", dict(type=int, default=1, help="processes that share the machine or the card (default: 1)")),
+                            ("--workers", dict(type=int, default=1, help="processes that share the machine and its cards (default: 1)")),
+                            ("--count", dict(action="store_true", help="only say how much each part of the program is, and what is left of it")),
                             ("--deadline", dict(type=float, default=float("inf"), metavar="SECONDS", help="start no cell after it; 0 runs nothing (default: none)")),
                             ("--reports", dict(default="", help="folder to write the reports of what is done to (default: none are written)"))]),
 }

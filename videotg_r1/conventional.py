@@ -6,7 +6,7 @@
 __all__ = ['GROUPED', 'all_layers', 'stock', 'by_length', 'generated', 'row_logps', 'chosen', 'parts', 'learn', 'recomputed',
            'compiled', 'conventional', 'two_part_attention', 'register_grouped', 'grouped_logps']
 
-# %% ../nbs/37_conventional.ipynb #4bccc948
+# %% ../nbs/37_conventional.ipynb #2729eb24
 from contextlib import contextmanager
 from functools import cache, partial
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .engine import generate_kwargs
+from .engine import fused, generate_kwargs
 from .policy import CHUNKED, collate, prepare, unwrap
 
 # %% ../nbs/37_conventional.ipynb #1a80e88c
@@ -74,7 +74,7 @@ def generated(
         for j, i in enumerate(group): out[i] = ids[j*G:(j + 1)*G]
     return out
 
-# %% ../nbs/37_conventional.ipynb #046a250b
+# %% ../nbs/37_conventional.ipynb #5ddbf4ca
 def row_logps(
     policy,   # Policy
     encodeds, # list of B Encoded of one length
@@ -96,7 +96,7 @@ def chosen(
     ids,    # [...,T] int64
 ): # [...,T] float32
     "Log-probabilities of tokens under the policy's distribution"
-    x = logits.float().index_fill(-1, policy.banned(logits.device), -1e30)
+    x = logits.float().masked_fill(policy.banned(logits.device), -1e30)
     return x.gather(-1, ids[..., None]).squeeze(-1) - x.logsumexp(-1)
 
 # %% ../nbs/37_conventional.ipynb #458c7de6
@@ -122,7 +122,7 @@ def learn(
         logps = row_logps(policy, [encodeds[i] for i in who], ids[who, which])
         (logps*weights[who, which]).sum().backward()
 
-# %% ../nbs/37_conventional.ipynb #fe5209bf
+# %% ../nbs/37_conventional.ipynb #fe2473c2
 @contextmanager
 def recomputed(
     policy, # Policy
@@ -149,9 +149,8 @@ def compiled(
     "Layers of the language model and of the tower are compiled, each shape anew"
     layers = all_layers(policy) if on else []
     kept = [layer._compiled_call_impl for layer in layers]
-    for layer in layers: layer.compile(dynamic=False)
-    try:
-        with torch._dynamo.config.patch(recompile_limit=64): yield
+    for layer in layers: layer._compiled_call_impl = fused(layer._call_impl, dynamic=False)
+    try: yield
     finally:
         for layer, old in zip(layers, kept, strict=True): layer._compiled_call_impl = old
 

@@ -19,7 +19,7 @@ from .ledger import fingerprint
 from .masks import centre_guess, droppable, fill_frames, hidden_frames, keep_window
 from .spans import t_iou
 
-# %% ../nbs/43_curriculum.ipynb #c1bbc8b7
+# %% ../nbs/43_curriculum.ipynb #8aadb3f9
 @settings
 class CurriculumConfig:
     "Which samples are masked, how much at which step, and how"
@@ -40,7 +40,9 @@ class CurriculumConfig:
     wide: float = .5 # wide: length of the neighbourhood as a share of the video, in (0,1]
     how: Literal["blank", "drop"] = "blank" # fill hidden frames in place, or leave their tokens out
     fill: Literal["mean", "black", "blur", "noise"] = "black" # what hidden frames hold
-    transfer: bool = False # train on the whole video what was answered on the masked one (hint transfer; not the paper)
+    transfer: Literal["none", "all", "one"] = "none" # train on the whole video what was answered on the masked one: all answers of a group, or one of them (hint transfer; not the paper)
+    transfer_weight: Literal["none", "token", "sequence"] = "token" # importance weight of such an answer, p(whole)/p(masked): of each token, of the answer, or 1
+    transfer_cap: float = 2. # largest such weight, above 0
     seed: int = 0 # of windows, noise and masked_share
 
     def __post_init__(self):
@@ -49,6 +51,7 @@ class CurriculumConfig:
                 raise ValueError(f"CurriculumConfig.{o} must be in [0,1], got {getattr(self, o)}")
         if not 0 < self.until <= 1: raise ValueError(
             f"CurriculumConfig.until must be in (0,1], got {self.until}: a share of the steps; for none, schedule=off")
+        if self.transfer_cap <= 0: raise ValueError(f"CurriculumConfig.transfer_cap must be above 0, got {self.transfer_cap}")
         if self.gain <= 0 or self.steps < 1 or self.decay <= 0: raise ValueError(
             "CurriculumConfig: gain and decay must be above 0 and steps at least 1, "
             f"got {self.gain}, {self.decay} and {self.steps}")

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'GRPOSettings', 'reward_parts', 'check_grpo', 'part_size', 'grpo_args', 'View', 'VideoGRPO', 'reference',
-           'reward_column', 'pass_flops', 'pieces', 'grpo_trainer_class', 'train_grpo', 'check_sample']
+           'reward_column', 'answers', 'pass_flops', 'pieces', 'grpo_trainer_class', 'train_grpo', 'check_sample']
 
-# %% ../nbs/51_grpo.ipynb #400e61b2
+# %% ../nbs/51_grpo.ipynb #3cc2e76f
 from dataclasses import dataclass, field
 from functools import cache, partial
 from statistics import mean
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from .batches import task_prompt, within_memory
 from .compute import flops, model_shape, text_flops, vision_flops
 from .config import settings, to_params
-from .engine import compile_layers, prefill, sample, token_logps
+from .engine import compile_layers, in_flight, prefill, sample, token_logps
 from .ledger import fingerprint
 from .policy import encode, save_policy, see, unwrap
 from .policy import frame_spec as policy_frames
@@ -156,7 +156,7 @@ def grpo_args(
         off_policy_mask_threshold=None, sync_ref_model=False, disable_dropout=True, cast_lm_head_to_fp32=False,
         shuffle_dataset=False, use_vllm=False, vllm_importance_sampling_correction=False, log_completions=False)
 
-# %% ../nbs/51_grpo.ipynb #00ebc609
+# %% ../nbs/51_grpo.ipynb #86b8a8fd
 @dataclass
 class View:
     "One prompt at one generation"
@@ -164,11 +164,18 @@ class View:
     drawn:object # Encoded that answers are sampled from
     trained:object # Encoded that they are scored on; the same object unless hints are transferred
     info:dict = field(default_factory=dict) # what the curriculum did
+    hint:object = None # Encoded that the last answer is sampled from instead; None: it is drawn as the others are
 
     @property
     def hinted(self): # bool
         "Whether sampling saw something else than training"
         return self.drawn is not self.trained
+
+    def foreign(self,
+        G:int, # answers
+    ): # [G] of bool
+        "Which answers were sampled from something else than they are trained on"
+        return [self.hinted]*(G - 1) + [self.hinted or self.hint is not None]
 
 # %% ../nbs/51_grpo.ipynb #da55fd86
 class VideoGRPO(RunTrainer):
@@ -241,7 +248,7 @@ def clips(self:VideoGRPO,
     self.ahead = pool, {q: pool.submit(self.pool.turn, q) for q in self.order[at:at + n]}
     return found
 
-# %% ../nbs/51_grpo.ipynb #a993654c
+# %% ../nbs/51_grpo.ipynb #d586c946
 @patch
 def look(self:VideoGRPO,
     qids, # of this process's prompts
@@ -253,9 +260,10 @@ def look(self:VideoGRPO,
         if self.curriculum is None: shown, drop, info = clip, None, {}
         else: shown, drop, info = self.curriculum.view(s, clip, step, total)
         drawn = encode(self.policy, shown, prompt, drop=drop)
-        check_context(self.policy, s.qid, len(drawn), self.cfg.max_completion_length)
-        hint = info.get("masked", False) and self.curriculum.cfg.transfer
-        out.append(View(s, drawn, encode(self.policy, clip, prompt) if hint else drawn, info))
+        transfer = self.curriculum.cfg.transfer if info.get("masked") else "none"
+        whole, one = drawn if transfer == "none" else encode(self.policy, clip, prompt), transfer == "one"
+        check_context(self.policy, s.qid, len(whole), self.cfg.max_completion_length)
+        out.append(View(s, whole if one else drawn, whole, info, drawn if one else None))
     return self.seen(out) if self.frozen else out
 
 @patch
@@ -263,14 +271,14 @@ def seen(self:VideoGRPO,
     views, # list of View
 ): # list of View whose prompts carry features
     "Let the frozen tower look at each different pair of frames once"
-    both = [v.drawn for v in views] + [v.trained for v in views if v.hinted]
-    with self.accelerator.autocast(): both, n = see(self.policy, both)
-    patches = int(both[0].grid_thw[0, 1:].prod()) if both else 0
+    asked = {id(e): e for v in views for e in (v.drawn, v.trained, v.hint) if e is not None}
+    with self.accelerator.autocast(): found, n = see(self.policy, list(asked.values()))
+    patches = int(found[0].grid_thw[0, 1:].prod()) if found else 0
     self.count(flops=vision_flops(self.shape, n*patches, patches))
-    rest = iter(both[len(views):])
-    return [View(v.sample, e, next(rest) if v.hinted else e, v.info) for v, e in zip(views, both, strict=False)]
+    of = dict(zip(asked, found, strict=True))
+    return [View(v.sample, of[id(v.drawn)], of[id(v.trained)], v.info, of.get(id(v.hint))) for v in views]
 
-# %% ../nbs/51_grpo.ipynb #b72c63c3
+# %% ../nbs/51_grpo.ipynb #552feded
 @patch
 def _generate_and_score_completions(self:VideoGRPO, inputs):
     "TRL's, on this step's views"
@@ -283,9 +291,10 @@ def _generate_and_score_completions(self:VideoGRPO, inputs):
     inputs = [dict(x, qid=self.views[i//G].sample.qid) for i, x in enumerate(inputs)]
     out = super(VideoGRPO, self)._generate_and_score_completions(inputs)
     out["view"] = torch.arange(len(inputs))//G
+    out["foreign"] = torch.tensor([f for v in self.views for f in v.foreign(G)])
     return out
 
-# %% ../nbs/51_grpo.ipynb #1b12fff9
+# %% ../nbs/51_grpo.ipynb #17bc01d3
 @patch
 def _generate(self:VideoGRPO, prompts):
     "Answers to each prompt, its video encoded once"
@@ -295,13 +304,37 @@ def _generate(self:VideoGRPO, prompts):
         self._prompts = self.in_pieces(lambda: self.read_once() if self.one_pass else None)
         draw = partial(sample, self.policy, drawn, G=cfg.G, temperature=cfg.temperature, top_p=cfg.top_p,
                        max_new_tokens=cfg.max_completion_length, seed=seeds, prompts=self._prompts)
-        r = within_memory(self.policy, lambda at_once: draw(batch_size=at_once), 16)
+        r = within_memory(self.policy, lambda at_once: draw(batch_size=at_once), in_flight(self.policy, drawn, cfg.G*cfg.max_completion_length))
+        found = self.with_hints(answers(r), seeds)
+    ids, logps, texts, ended = map(list, zip(*found, strict=True))
+    self.log_lengths([len(o) for o in ids], ended, texts)
+    nobody_reads = [[self.policy.pad_id]]*len(ids)       # prompts are scored from their views
+    return nobody_reads, ids, None, texts, logps, {}, None, []
+
+# %% ../nbs/51_grpo.ipynb #6e7d96db
+def answers(
+    r, # Rollouts
+): # list of (tokens, log-probabilities, text, whether it ended), prompt after prompt
+    "Drawn answers as lists"
     n = r.mask.sum(-1).flatten().tolist()
-    cut = lambda x: [row[:k].tolist() for row, k in zip(x.flatten(0, 1), n, strict=True)]
-    texts = [t for group in r.texts for t in group]
-    self.log_lengths(n, r.ended.flatten(), texts)
-    prompt_ids = [e.input_ids.tolist() for e in drawn for _ in range(cfg.G)]
-    return prompt_ids, cut(r.ids), None, texts, cut(r.logps), {}, None, []
+    cut = lambda x: [row[:k] for row, k in zip(x.flatten(0, 1).tolist(), n, strict=True)]
+    return list(zip(cut(r.ids), cut(r.logps), [t for group in r.texts for t in group], r.ended.flatten().tolist(), strict=True))
+
+@patch
+def with_hints(self:VideoGRPO,
+    found, # of `answers`
+    seeds, # of the draws, one for each prompt
+): # list of the same form
+    "The last answer of each group that has a hint, drawn from that"
+    at, G = [i for i, v in enumerate(self.views) if v.hint is not None], self.cfg.G
+    if not at: return found
+    hints = [self.views[i].hint for i in at]
+    r = sample(self.policy, hints, temperature=self.cfg.temperature, top_p=self.cfg.top_p, max_new_tokens=self.cfg.max_completion_length,
+               seed=[int(fingerprint([seeds[i], "hint"]), 16) for i in at])
+    for i, a in zip(at, answers(r), strict=True): found[i*G + G - 1] = a
+    self.count(prompts=len(at), prompt_tokens=sum(map(len, hints)), visual_tokens=sum(e.n_video_tokens for e in hints),
+               generated_tokens=int(r.mask.sum()), flops=sum(pass_flops(self.shape, e, [len(found[i*G + G - 1][0])]) for i, e in zip(at, hints, strict=True)))
+    return found
 
 # %% ../nbs/51_grpo.ipynb #2ab4d75d
 @patch(as_prop=True)
@@ -328,16 +361,16 @@ def pass_flops(
     patches = encoded.n_patches if encoded.features is None else 0      # what the tower did already is counted there
     return float(flops(shape, len(encoded), n, patches, int(encoded.grid_thw[0][1:].prod()), **kwargs))
 
-# %% ../nbs/51_grpo.ipynb #5d0cd990
+# %% ../nbs/51_grpo.ipynb #5a6f3a1d
 @patch
 def log_lengths(self:VideoGRPO,
     n, # tokens of each answer
-    ended, # bool tensor, False where the limit cut it off
+    ended, # of each answer, False where the limit cut it off
     texts, # of each answer
 ): # None
     "Metrics of one generation"
     import torch
-    m, local = self._metrics["train"], [n, (~ended).tolist(), [not parse_answer(t).ok for t in texts]]
+    m, local = self._metrics["train"], [n, [not e for e in ended], [not parse_answer(t).ok for t in texts]]
     rows = torch.tensor(local, dtype=torch.float, device=self.accelerator.device).T.contiguous()
     length, cut, bad = self.accelerator.gather(rows).T
     done = length[cut == 0] if (cut == 0).any() else length.new_zeros(1)
@@ -375,7 +408,7 @@ def pieces(
     cuts = [(a, min(a + most, g + G)) for g in range(0, n, G) for a in range(g, g + G, most)]
     return [(a, b, b - a) for a, b in cuts]
 
-# %% ../nbs/51_grpo.ipynb #553dddbe
+# %% ../nbs/51_grpo.ipynb #7f3005f6
 @patch
 def _get_per_token_logps_and_entropies(self:VideoGRPO, model, input_ids, attention_mask, logits_to_keep, batch_size=None,
                                        compute_entropy=False, compute_aux_loss=False, **unused):
@@ -390,7 +423,7 @@ def _get_per_token_logps_and_entropies(self:VideoGRPO, model, input_ids, attenti
             out.append(self.score(model, encs, cut(ids), cut(mask), *(None if x is None else cut(x) for x in (self._live, self._sampled))))
         return [torch.cat([o.flatten(0, 1) for o in part]) for part in zip(*out, strict=True)]
     logps, entropies = self.in_pieces(scored)
-    if self._rows is not None: self.check_parity(logps.detach(), mask, rows)
+    if self._rows is not None: self.check_parity(logps.detach(), mask); logps = self.weighted(logps, mask)
     return logps, entropies if compute_entropy else None, None
 
 # %% ../nbs/51_grpo.ipynb #36096f59
@@ -422,17 +455,15 @@ def score(self:VideoGRPO,
     at = torch.tensor(on, device=ids.device)
     return sampled.index_copy(0, at, logps.to(sampled.dtype)), (-sampled).index_copy(0, at, entropies.to(sampled.dtype))
 
-# %% ../nbs/51_grpo.ipynb #74474c66
+# %% ../nbs/51_grpo.ipynb #e7a6c7af
 @patch
 def check_parity(self:VideoGRPO,
     logps, # [N,T] as scored
     mask, # [N,T] bool, tokens that count
-    rows, # [N] view of each answer
 ): # None
     "Compare scored with sampled log-probabilities"
-    import torch
     if self.state.global_step != self._made_at: return
-    hinted = torch.tensor([self.views[i].hinted for i in rows.tolist()], device=mask.device)[:, None]
+    hinted = self._foreign.to(mask.device)[:, None]
     diff, m = (logps - self._sampled).abs(), self._metrics["train"]
     same, hint = diff[mask & ~hinted], diff[mask & hinted]
     if len(hint): m["curriculum/hint_logp_difference"].append(hint.mean().item())
@@ -445,14 +476,32 @@ def check_parity(self:VideoGRPO,
                            f"{self.state.global_step}, more than parity_tol={self.cfg.parity_tol}: rollouts and gradients "
                            "do not see the same inputs; this is a bug, please report it with run.json")
 
-# %% ../nbs/51_grpo.ipynb #a5df7753
+# %% ../nbs/51_grpo.ipynb #2efc3744
+@patch
+def weighted(self:VideoGRPO,
+    logps, # [N,T] as scored
+    mask, # [N,T] bool, tokens that count
+): # [N,T] the same numbers
+    "Log-probabilities whose gradients carry importance weights"
+    import torch
+    cfg = self.curriculum and self.curriculum.cfg
+    if not cfg or cfg.transfer_weight == "none" or not self._foreign.any(): return logps
+    now, foreign = logps.detach(), self._foreign.to(mask.device)[:, None] & mask
+    gap = torch.where(foreign, (now if self._old is None else self._old) - self._sampled, 0.)
+    if cfg.transfer_weight == "sequence": gap = gap.sum(-1, keepdim=True).expand_as(gap)
+    weight = torch.where(foreign, gap.exp().clamp(max=cfg.transfer_cap), 1.)
+    self._metrics["train"]["curriculum/hint_weight"].append(weight[foreign].mean().item())
+    return now + weight*(logps - now)
+
+# %% ../nbs/51_grpo.ipynb #37a7807a
 @patch
 def _compute_loss(self:VideoGRPO, model, inputs):
     "TRL's, with the views of these rows at hand"
-    self._rows, self._sampled = inputs["view"], inputs["sampling_per_token_logps"]
+    self._rows, self._foreign = inputs["view"], inputs["foreign"]
+    self._sampled, self._old = inputs["sampling_per_token_logps"], inputs.get("old_per_token_logps")
     self._live = inputs["advantages"] != 0 if self.cfg.skip_dead and not self.beta else None
     try: return super(VideoGRPO, self)._compute_loss(model, inputs)
-    finally: self._rows = self._sampled = self._live = self._prompts = None
+    finally: self._rows = self._foreign = self._sampled = self._old = self._live = self._prompts = None
 
 # %% ../nbs/51_grpo.ipynb #c4c5fd73
 @patch

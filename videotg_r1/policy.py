@@ -6,9 +6,10 @@
 __all__ = ['FAMILIES', 'VISION_TOKENS', 'SPECIAL_TOKENS', 'TAGS', 'CHAT_TEMPLATE', 'WORDS', 'CHUNKED', 'TEST_CORPUS',
            'VIDEO_MARK', 'PixelSpec', 'patch_grid', 'to_patches', 'video_positions', 'unwrap', 'Family',
            'never_sampled', 'end_ids', 'Policy', 'frame_spec', 'train_tokenizer', 'build_config', 'build_policy',
-           'chunk_attention', 'MatmulPatches', 'FeatureTower', 'WideMLP', 'fast_classes', 'prepare', 'random_policy',
-           'Encoded', 'chat_parts', 'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'pair_keys',
-           'tower_pass', 'see', 'no_bars', 'save_policy', 'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
+           'chunk_attention', 'even_chunks', 'uneven_chunks', 'MatmulPatches', 'FeatureTower', 'WideMLP',
+           'fast_classes', 'prepare', 'random_policy', 'Encoded', 'chat_parts', 'video_pieces', 'encode',
+           'video_inputs', 'collate', 'FeatureCache', 'pair_keys', 'tower_pass', 'see', 'no_bars', 'save_policy',
+           'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
 
 # %% ../nbs/30_policy.ipynb #3abc33dc
 import itertools
@@ -123,7 +124,7 @@ def end_ids(
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return tuple(dict.fromkeys([*([ids] if isinstance(ids, int) else ids or ()), tokenizer.eos_token_id]))
 
-# %% ../nbs/30_policy.ipynb #b7de2c50
+# %% ../nbs/30_policy.ipynb #eda94df4
 @dataclass
 class Policy:
     "A video language model, its tokenizer, and what is needed to feed it"
@@ -179,10 +180,13 @@ class Policy:
         "What the vision tower made of frames lately, see `see`"
         return FeatureCache()
 
-    def banned(self, device): # [K] int64
-        "The same as a tensor, made once for each device"
+    def banned(self, device): # [V] bool
+        "True at the same ids, made once for each device"
         held = self.__dict__.setdefault("_banned", {})
-        if device not in held: held[device] = torch.tensor(self.suppressed_ids, device=device)
+        if device not in held:
+            mask = torch.zeros(self.config.text_config.vocab_size, dtype=torch.bool)
+            mask[self.suppressed_ids] = True
+            held[device] = mask.to(device)
         return held[device]
 
 # %% ../nbs/30_policy.ipynb #f0b7575e
@@ -284,10 +288,9 @@ def build_policy(
     model.generation_config.update(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     return prepare(Policy(model.eval(), tokenizer, FAMILIES[family].pixels, family, name))
 
-# %% ../nbs/30_policy.ipynb #36edb45c
+# %% ../nbs/30_policy.ipynb #56760b0b
 CHUNKED = "videotg_flash_chunks"
 
-@torch.compiler.disable
 def chunk_attention(
     module,        # the tower's attention module
     query,         # [1,heads,P,d]
@@ -301,22 +304,28 @@ def chunk_attention(
     **kwargs,      # what flash attention would want
 ): # ([1,P,heads,d], None)
     "Attention inside chunks, all chunks of one length at once"
-    (_, h, n, d), count = query.shape, len(cu_seq_lens_q) - 1
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))               # [P,heads,d]
-    def attend(rows, length):
-        a = (x[rows].reshape(-1, length, h, d).transpose(1, 2) for x in (q, k, v))
-        return F.scaled_dot_product_attention(*a, dropout_p=dropout, scale=scaling).transpose(1, 2).reshape(-1, h, d)
-    if count*int(max_length_q) == n: return attend(slice(None), int(max_length_q))[None], None
+    n, length = len(cu_seq_lens_q) - 1, int(max_length_q)
+    attend = even_chunks if n*length == query.shape[2] else uneven_chunks
+    return attend(*(x[0].transpose(0, 1) for x in (query, key, value)), cu_seq_lens_q, length, dropout, scaling)[None], None
+
+def even_chunks(q, k, v, cu, length, dropout, scale): # [P,heads,d] each -> [P,heads,d]
+    "Chunks of one length"
+    a = (x.reshape(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*a, dropout_p=dropout, scale=scale).transpose(1, 2).reshape(q.shape)
+
+@torch.compiler.disable
+def uneven_chunks(q, k, v, cu, longest, dropout, scale): # [P,heads,d] each -> [P,heads,d]
+    "Chunks of different length, those of one length together, or all by PyTorch's kernel"
     if q.is_cuda and q.dtype != torch.float32 and not dropout:
         from torch.nn.attention.varlen import varlen_attn
-        cu = cu_seq_lens_q.int()
-        return varlen_attn(q, k, v, cu, cu, int(max_length_q), int(max_length_q), scale=scaling)[None], None
-    lengths = cu_seq_lens_q.diff()
-    owner, out = torch.arange(count, device=q.device).repeat_interleave(lengths), torch.empty_like(q)
+        cu = cu.int()
+        return varlen_attn(q, k, v, cu, cu, longest, longest, scale=scale)
+    lengths = cu.diff()
+    owner, out = torch.arange(len(lengths), device=q.device).repeat_interleave(lengths), torch.empty_like(q)
     for length in lengths.unique().tolist():
         rows = (lengths[owner] == length).nonzero().squeeze(1)
-        out = out.index_copy(0, rows, attend(rows, length))
-    return out[None], None
+        out = out.index_copy(0, rows, even_chunks(q[rows], k[rows], v[rows], cu, length, dropout, scale))
+    return out
 
 # %% ../nbs/30_policy.ipynb #0108640c
 class MatmulPatches:
@@ -452,7 +461,7 @@ def video_pieces(
                (ids("<|vision_end|>"), i, False)) for i in pairs)
     return [(ids(head), -1, False), *itertools.chain.from_iterable(blocks), (ids(tail), -1, False)]
 
-# %% ../nbs/30_policy.ipynb #0e5da44e
+# %% ../nbs/30_policy.ipynb #45cf6185
 @singledispatch
 def encode(
     policy,    # Policy
@@ -469,14 +478,14 @@ def encode(
     if not clip.fps > 0: raise ValueError(f"encode: clip.fps must be the sampled frames per second, above 0, got {clip.fps}")
     seconds, merged = spec.frames_per_pair/float(clip.fps), (H//spec.merge, W//spec.merge)
     ts = [float(t) for t in torch.as_tensor(clip.frame_ts, dtype=torch.float64).view(T, -1).mean(1)]
-    ids, positions, kept, at = [], [], [], 0
+    ids, positions, kept, at, stays = [], [], [], 0, keep.tolist()
     for video, run in itertools.groupby(video_pieces(policy, *chat_parts(policy, prompt), ts, merged[0]*merged[1]),
                                         key=lambda piece: piece[2]):
         run = list(run)
         new = [i for piece in run for i in piece[0]]
         p = (video_positions(at, (len(run), *merged), seconds, policy.tokens_per_second) if video
              else torch.arange(at, at + len(new)).expand(3, -1))
-        kept += [pair < 0 or bool(keep[pair]) for piece, pair, _ in run for _ in piece]
+        kept += [o for piece, pair, _ in run for o in [pair < 0 or stays[pair]]*len(piece)]
         ids += new; positions.append(p); at = int(p.max()) + 1
     kept, n = torch.tensor(kept), int(keep.sum())
     frames = torch.as_tensor(clip.frames)
@@ -539,7 +548,7 @@ class FeatureCache:
         self.held[key], self.bytes = value, self.bytes + value.nbytes
         while self.bytes > self.max_bytes: self.bytes -= self.held.popitem(last=False)[1].nbytes
 
-# %% ../nbs/30_policy.ipynb #de424672
+# %% ../nbs/30_policy.ipynb #d6e25d1c
 def pair_keys(
     encodeds, # list of Encoded
 ): # for each a list of keys, one for each pair
@@ -548,7 +557,7 @@ def pair_keys(
     rows, digest = [row for clip in pairs for row in clip], lambda row: sha256(row).digest()[:16]
     if sum(row.nbytes for row in rows) < 1 << 22: found = map(digest, rows)
     else:
-        with ThreadPoolExecutor() as pool: found = pool.map(digest, rows)     # hashing lets go of the interpreter
+        with ThreadPoolExecutor(8) as pool: found = pool.map(digest, rows)    # hashing lets go of the interpreter
     found = iter(found)
     return [[(*e.grid_thw[0, 1:].tolist(), next(found)) for _ in clip] for e, clip in zip(encodeds, pairs, strict=True)]
 
@@ -564,12 +573,12 @@ def tower_pass(
     rows = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or ())], -1)
     return rows.view(width, -1, rows.shape[-1])[:len(pairs)]
 
-# %% ../nbs/30_policy.ipynb #8cb3288f
+# %% ../nbs/30_policy.ipynb #3d682820
 def see(
     policy,     # Policy whose tower stays as it is while the features are used
     encodeds,   # list of Encoded
     cache=None, # FeatureCache; None: the policy's own
-    width=32,   # pairs in a pass
+    width=0,    # pairs in a pass; 0: 32, and on a GPU up to 128 where there are so many
 ): # (new Encodeds with `features`, number of pairs that went through the tower)
     "Look at each different pair of frames once"
     cache = (policy.features if cache is None else cache).of(unwrap(policy.model).model.visual)
@@ -578,13 +587,13 @@ def see(
         for k, o in zip(ks, e.frames.split(n), strict=True): pair_of.setdefault(k, o)
     for k in pair_of:
         if (f := cache.get(k)) is not None: known[k] = f
-    size = lambda key: key[:2]
-    new = sorted((k for k in pair_of if k not in known), key=size)
+    new = sorted((k for k in pair_of if k not in known), key=lambda key: key[:2])
     with torch.no_grad():
-        for _, same in itertools.groupby(new, key=size):
+        for _, same in itertools.groupby(new, key=lambda key: key[:2]):
             same = list(same)
-            for part in (same[i:i + width] for i in range(0, len(same), width)):
-                for k, f in zip(part, tower_pass(policy, [pair_of[k] for k in part], width), strict=True):
+            size = width or 32*(min(4, -(-len(same)//32)) if policy.device.type == "cuda" else 1)
+            for part in (same[i:i + size] for i in range(0, len(same), size)):
+                for k, f in zip(part, tower_pass(policy, [pair_of[k] for k in part], size), strict=True):
                     known[k] = f.clone(); cache.put(k, known[k])
     return [replace(e, features=torch.cat([known[k] for k in ks])) for e, ks in zip(encodeds, keys, strict=True)], len(new)
 

@@ -25,11 +25,12 @@ from .policy import encode
 from .prompts import elsewhere_prompt, exists_prompt, parse_answer, vtg_prompt
 from .spans import clip_spans, iop_matrix, is_span, t_iou_matrix
 
-# %% ../nbs/40_reflection.ipynb #f6fa46e3
+# %% ../nbs/40_reflection.ipynb #76b52b70
 @settings
 class ReflectConfig:
     "How reflection looks, and what it concludes"
-    evidence: Literal["blanked", "proposals", "both"] = "blanked" # what the score is made of
+    evidence: Literal["blanked", "votes", "proposals", "both"] = "blanked" # what the score is made of
+    blank: bool = True # hide the annotated span from the first question and from proposals; off: ask about the whole video
     ask: Literal["elsewhere", "vtg"] = "elsewhere" # prompt for proposals: every time ("none" allowed), or one time
     k: int = 4 # answers asked for on the blanked video; 0: no proposals
     propose_from: float = .5 # proposals are asked for only where p_outside is at least this, in [0,1]; 0: always
@@ -140,7 +141,7 @@ def propose(
              for ts, (c, _, hid) in zip(texts, asks, strict=True)]
     return [cluster(f, cfg.cluster_iou)[:cfg.max_proposals] for f in found], costs
 
-# %% ../nbs/40_reflection.ipynb #d6da115f
+# %% ../nbs/40_reflection.ipynb #309d5c3d
 def look(
     policy, # Policy
     pairs, # [(Sample, Clip)] of one batch
@@ -150,7 +151,7 @@ def look(
     shape=None, # ModelShape
 ): # [{p_outside, p_annotated, proposals: [{span, votes, p_event}], compute}]
     "What the policy sees outside the annotated spans, and at them"
-    blank = [blank_spans(c, s.spans, cfg.margin_s, cfg.fill, seed) for (s, c), seed in zip(pairs, seeds, strict=True)]
+    blank = [blank_spans(c, s.spans, cfg.margin_s, cfg.fill, seed) if cfg.blank else c for (s, c), seed in zip(pairs, seeds, strict=True)]
     alone = partial(show_only, margin_s=cfg.show_margin_s, fill=cfg.fill)
     asks = [encode(policy, c, exists_prompt(e)) for c, e in zip(blank, events, strict=True)]
     asks += [encode(policy, alone(c, s.spans, seed=i), exists_prompt(event_text(s)))
@@ -171,15 +172,16 @@ def look(
     return [dict(p_outside=round(p[i], 4), p_annotated=round(p[n + i], 4), proposals=found.get(i, []),
                  compute=cost[i].to_dict()) for i in range(n)]
 
-# %% ../nbs/40_reflection.ipynb #384756c7
+# %% ../nbs/40_reflection.ipynb #fc3d4337
 def score(
     seen:dict, # one result of `look`
-    cfg:ReflectConfig, # `evidence`, `relative`, `floor_annotated`
+    cfg:ReflectConfig, # `evidence`, `k`, `relative`, `floor_annotated`
 ): # float, high: the event happens outside; in [0,1] unless relative
     "Evidence that the event happens outside its annotation"
     top = max((o["p_event"] for o in seen["proposals"]), default=0.)
     verified = top/max(seen["p_annotated"], cfg.floor_annotated) if cfg.relative else top
-    return {"blanked": seen["p_outside"], "proposals": verified, "both": (seen["p_outside"] + verified)/2}[cfg.evidence]
+    votes = max((o["votes"] for o in seen["proposals"]), default=0)/max(cfg.k, 1)
+    return {"blanked": seen["p_outside"], "votes": votes, "proposals": verified, "both": (seen["p_outside"] + verified)/2}[cfg.evidence]
 
 # %% ../nbs/40_reflection.ipynb #5d50cfdc
 def foreign_queries(

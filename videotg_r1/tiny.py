@@ -65,7 +65,7 @@ def tiny_policy(
     policy.frame_defaults = dict(FRAMES)
     return policy
 
-# %% ../nbs/32_tiny.ipynb #d7cd9760
+# %% ../nbs/32_tiny.ipynb #d1ddb002
 @settings
 class BaseConfig:
     "How the tiny base checkpoint is trained"
@@ -79,6 +79,7 @@ class BaseConfig:
     aux_weight:float=.05 # weight of the perception loss beside the language loss
     loose_share:float=.6 # share of span annotations widened by up to 30 % on each side
     hidden_share:float=.4 # share of videos with frames hidden
+    existence:bool=True # ask whether events happen; off: a base that never heard such a question, to see what reflection owes to them
     max_events:int=5 # of the base world; the target world has 8
     distractors:float=.25 # of the base world; the target world has .65
     short_share:float=.12 # first share of the steps, on videos of 16 and 24 s only
@@ -199,7 +200,7 @@ def tokenize_questions(tokenizer, rows):
         segment += [q]*width; offset += range(width)
     return np.concatenate(ids, 1), np.concatenate(labels, 1), np.array(segment), np.array(offset)
 
-# %% ../nbs/32_tiny.ipynb #8751fb79
+# %% ../nbs/32_tiny.ipynb #95710974
 class Corpus(torch.utils.data.Dataset):
     "Batches by number: item `i` is batch `i` of the run, whoever makes it"
     def __init__(self, tokenizer, cfg:BaseConfig): self.tokenizer, self.cfg = tokenizer, cfg
@@ -215,7 +216,7 @@ class Corpus(torch.utils.data.Dataset):
         rows = []
         for b in range(B):
             s = Scene(scenes, b, vis, seen, rng, cfg.loose_share)
-            rows.append([f(s) for group in QUESTIONS for f in group])
+            rows.append([f(s) for group in QUESTIONS for f in group if cfg.existence or f is not ask_exists])
         return dict(scenes=scenes, hide=hide, fill=fill, words=tokenize_questions(self.tokenizer, rows))
 
 # %% ../nbs/32_tiny.ipynb #f1a68125

@@ -7,8 +7,9 @@ __all__ = ['TRL_VERSION', 'SEAL', 'NO_CHOICE', 'LORA_LAYERS', 'MOST_BAD', 'RECOR
            'seal', 'sealed', 'damage', 'plain_disk_errors', 'world_size', 'is_first', 'weights_digest',
            'samples_digest', 'claim', 'run_meta', 'History', 'read_sample', 'Pool', 'checkpoints', 'remove',
            'last_checkpoint', 'prune', 'load_weights', 'sharded', 'check_launch', 'learner', 'bring_home',
-           'lora_config', 'set_trainable', 'common_args', 'training_dtype', 'check_context', 'usable_rewards',
-           'RunTrainer', 'Interrupted', 'stop_signals', 'out_of_memory', 'borrowed', 'train_run', 'summary']
+           'keep_precision', 'lora_config', 'set_trainable', 'common_args', 'training_dtype', 'check_context',
+           'usable_rewards', 'RunTrainer', 'Interrupted', 'stop_signals', 'out_of_memory', 'borrowed', 'train_run',
+           'summary']
 
 # %% ../nbs/49_training.ipynb #dbac4bb3
 import contextlib
@@ -391,6 +392,18 @@ def bring_home(
             own[name].copy_(whole); n += whole.numel()
     return n
 
+# %% ../nbs/49_training.ipynb #f4be0813
+def keep_precision(
+    accelerator, # accelerate.Accelerator, before it prepares a model
+): # whether there was something to change
+    "Let cut-up models return 32-bit results and add up 32-bit gradients"
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is None or accelerator.mixed_precision == "no": return False
+    import torch
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return True
+
 # %% ../nbs/49_training.ipynb #91302b14
 LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
@@ -471,7 +484,7 @@ def usable_rewards(
         "repair the function, or state its range as fn.range")
     return out, len(refused)/len(values)
 
-# %% ../nbs/49_training.ipynb #1a61ec79
+# %% ../nbs/49_training.ipynb #7d797bdc
 class RunTrainer:
     "History, checkpoints and silence for a transformers Trainer; mix in before it"
     history:History|None = None
@@ -492,6 +505,7 @@ class RunTrainer:
     ): # None
         "Get ready to record"
         self.history, self.keep_checkpoints, self.show = history, keep_checkpoints, show
+        keep_precision(self.accelerator)
         rows = history.rows()
         self.elapsed_s, self._since = (rows[-1].get("elapsed_s", 0.) if rows else 0.), time.perf_counter()
         from transformers import PrinterCallback

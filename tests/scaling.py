@@ -1,0 +1,217 @@
+"""What more GPUs bring: GRPO steps and an agent's pass on 1, 2, ... GPUs of this machine, by the processes that `vtg run` starts.
+
+    python tests/scaling.py OUT --shape Qwen2.5-VL-3B --gpus 1 2          GRPO with ddp.yaml, the difficulty agent with ranks
+    python tests/scaling.py OUT --shape Qwen2.5-VL-7B --gpus 2 --only grpo --launch params/accelerate/fsdp2.yaml
+    python tests/scaling.py OUT --device cpu                              a small model on two CPU processes: that it runs, not how fast
+
+Random weights of that shape are written to OUT/SHAPE once. GRPO is weak scaling: as many prompts on each GPU; the agent is strong scaling: the same samples.
+A training is ended once its steps are measured, so no final model is written. A row of each goes to OUT/rows.jsonl and is printed.
+"""
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
+from rehearsal import Trace, write_model_apart  # noqa: E402
+
+ON_CPU = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed_precision: 'no'\nnum_machines: 1\nuse_cpu: true\nmachine_rank: 0\nrdzv_backend: static\nsame_network: true\nmain_training_function: main\n"
+BEGAN = time.time()
+
+
+def write_work(folder, n, frames, side, videos=16):
+    "`n` samples about clips of noise, two a video; few different files under many names"
+    from videotg_r1.records import Sample, write_jsonl
+    from videotg_r1.video import write_frames
+    rng, samples, new = np.random.default_rng(0), [], not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range((n + 1)//2):
+        path = folder/f"{i}.npz"
+        if new and i < videos:
+            small = rng.integers(0, 255, (frames, 16, 16, 3), np.uint8)
+            write_frames(path, small.repeat(side//16, 1).repeat(side//16, 2), np.arange(frames)/2, frames/2)
+        elif new: os.link(folder/f"{i % videos}.npz", path)
+        samples += [Sample(f"q{i}_{k}", f"v{i}", str(path), frames/2, f"person opens the door of the {o} and walks away.", ((1. + k, 2. + k),))
+                    for k, o in enumerate(("fridge", "room"))]
+    write_jsonl(folder/"samples.jsonl", [s.to_dict() for s in samples[:n]])
+    return str(folder/"samples.jsonl")
+
+
+def lines(path): return path.read_bytes().count(b"\n") if path.is_file() else 0
+
+
+def stop(p):
+    if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+    p.wait()
+
+
+def ended(p, log): return RuntimeError(f"a process ended with {p.poll()}: {log}\n" + log.read_text(errors="replace")[-3000:])
+
+
+def grpo(a, n, trace, gpus):
+    "Seconds of a step, the first ones left out"
+    from videotg_r1.config import to_params
+    from videotg_r1.runners import TrainJob
+    out, config = Path(tempfile.mkdtemp(prefix=f"grpo-{a.shape or 'small'}-{n}-", dir=a.out)), ROOT/a.launch
+    settings = dict(steps=a.steps + a.skip, prompts_per_step=a.prompts*n, G=a.G, lr=1e-6, rewards=dict(iou=1.), max_completion_length=a.tokens, freeze_vision=True,
+                    precision="fp32" if a.device == "cpu" else "bf16", gradient_checkpointing=not a.no_checkpointing, skip_dead=False, save_steps=0, grad_accum=a.parts, lora_r=a.lora, lora_alpha=2*a.lora or 16)
+    job = TrainJob(method="grpo", path=str(out/"training"), model=str(a.model), samples=a.samples, settings=settings, frames=a.frame_spec, device=a.device)
+    (out/"job.json").write_text(json.dumps(dict(kind="train", job=to_params(job))))
+    starter = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(n), "--main_process_port", str(29500 + n), "-m"] if n > 1 or a.always else []
+    with open(out/"log.txt", "wb") as log:
+        p = subprocess.Popen([sys.executable, "-m", *starter, "videotg_r1.runners", str(out/"job.json")], stdout=log, stderr=log, start_new_session=True, env=env(gpus))
+    history, began, at, memory = out/"training/history.jsonl", time.time(), [], 0
+    try:
+        while lines(history) < a.steps + a.skip:
+            if p.poll() is not None: raise ended(p, out/"log.txt")
+            if time.time() - BEGAN > a.until: break
+            if lines(history) > len(at): at += [time.time()]*(lines(history) - len(at))
+            time.sleep(.05)
+        memory = time.time()
+    finally: stop(p)
+    rows = [json.loads(o) for o in history.read_text().splitlines()] if history.is_file() else []
+    if len(rows) < a.skip + 2: raise RuntimeError(f"{len(rows)} steps in the time there was")
+    used = rows[a.skip - 1:]
+    step = [y["elapsed_s"] - x["elapsed_s"] for x, y in zip(used, used[1:], strict=False)]
+    tokens = [(used[-1][f"total/{k}"] - used[0][f"total/{k}"])/sum(step) for k in ("prompt_tokens", "generated_tokens")]
+    return dict(what="grpo", gpus=n, launch=Path(a.launch).name if starter else "", prompts=a.prompts*n, parts=a.parts, lora_r=a.lora, checkpointing=not a.no_checkpointing, G=a.G, tokens=a.tokens, step_s=round(statistics.median(step), 4), steps=[round(s, 3) for s in step],
+                prompts_per_s=round(a.prompts*n*len(step)/sum(step), 4), prompt_tokens_per_s=round(tokens[0]), generated_tokens_per_s=round(tokens[1]),
+                start_s=round(at[0] - began, 1) if at else None, **trace.over(at[a.skip - 1] if len(at) >= a.skip else began, memory, gpus))
+
+
+def agent(a, n, trace, gpus):
+    "Samples a second, once the first batches are done"
+    from videotg_r1.config import to_params
+    from videotg_r1.runners import AgentJob
+    out = Path(tempfile.mkdtemp(prefix=f"agent-{a.shape or 'small'}-{n}-", dir=a.out))
+    job = AgentJob(agent=a.agent, path=str(out/"found.jsonl"), samples=a.samples, model=str(a.model), settings=dict(k=8, max_new_tokens=a.tokens, batch_size=16), frames=a.frame_spec,
+                   device=a.device, max_samples=a.asked, runner="ranks" if n > 1 else "in_process", processes=n)
+    (out/"job.json").write_text(json.dumps(to_params(job)))
+    code = "import json, sys; from videotg_r1.config import from_params; from videotg_r1.runners import AgentJob, run_agent; run_agent(from_params(AgentJob, json.load(open(sys.argv[1]))), False)"
+    with open(out/"log.txt", "wb") as log:
+        p = subprocess.Popen([sys.executable, "-c", code, str(out/"job.json")], stdout=log, stderr=log, start_new_session=True, env=env(gpus))
+    began, seen, have = time.time(), [], 0
+    count = lambda: sum(max(lines(f) - 1, 0) for f in {out/"found.jsonl", *out.glob("found.part-*.jsonl")})
+    try:
+        while p.poll() is None and time.time() - BEGAN < a.until:
+            if (now := count()) > have and now <= a.asked: have = now; seen.append((time.time(), now))
+            if have >= a.asked: break
+            time.sleep(.02)
+        if have < a.asked and p.poll(): raise ended(p, out/"log.txt")
+    finally:
+        try: p.wait(20)
+        except subprocess.TimeoutExpired: stop(p)
+    warm = [o for o in seen if o[1] >= a.asked/4]
+    if len(warm) < 2: raise RuntimeError(f"{have} of {a.asked} samples in the time there was")
+    (t0, n0), (t1, n1) = warm[0], warm[-1]
+    return dict(what=a.agent, gpus=n, samples=n1, k=8, tokens=a.tokens, samples_per_s=round((n1 - n0)/(t1 - t0), 4), first_to_last_s=round(seen[-1][0] - seen[0][0], 2),
+                start_s=round(seen[0][0] - began, 1), **trace.over(t0, t1, gpus))
+
+
+ALL_REDUCE = """
+import os, sys, time, torch, torch.distributed as dist
+cuda = sys.argv[1] != "cpu"
+rank = int(os.environ["LOCAL_RANK"])
+if cuda: torch.cuda.set_device(rank)
+dist.init_process_group("nccl" if cuda else "gloo")
+out = []
+for mb in (25, 1024) if cuda else (1,):
+    x = torch.ones(mb*2**18, device="cuda" if cuda else "cpu")
+    spent = []
+    for i in range(12):
+        if cuda: torch.cuda.synchronize()
+        t = time.perf_counter(); dist.all_reduce(x)
+        if cuda: torch.cuda.synchronize()
+        spent.append(time.perf_counter() - t)
+    out.append(f"{mb}:{sorted(spent[2:])[5]:.6f}")
+if rank == 0: print("TIMES", *out, flush=True)
+dist.destroy_process_group()
+"""
+
+
+def all_reduce(a, n, trace, gpus):
+    "Seconds to add up MiB of 32-bit numbers"
+    (a.out/"all_reduce.py").write_text(ALL_REDUCE)
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(a.out/"all_reduce.py"), a.device],
+                         capture_output=True, text=True, timeout=90, env=env(gpus))
+    line = next((o for o in out.stdout.splitlines() if o.startswith("TIMES")), None)
+    if line is None: raise RuntimeError(out.stderr[-1500:])
+    times = {int(k): float(v) for k, v in (o.split(":") for o in line.split()[1:])}
+    return dict(what="all_reduce", gpus=n, seconds={f"{k} MiB": v for k, v in times.items()}, bus_gb_per_s={f"{k} MiB": round(k*2**20*2*(n - 1)/n/v/1e9, 1) for k, v in times.items()})
+
+
+def env(gpus):
+    return os.environ | dict(CUDA_VISIBLE_DEVICES=",".join(map(str, gpus)), OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1",
+                             PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("out", type=Path)
+    p.add_argument("--shape", default="", help="of a released model, as Qwen2.5-VL-3B (default: a small one)")
+    p.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
+    p.add_argument("--first", type=int, default=0, help="number of the first GPU to use")
+    p.add_argument("--only", nargs="+", default=["all_reduce", "grpo", "agent"], choices=["write", "all_reduce", "grpo", "agent"])
+    p.add_argument("--launch", default="params/accelerate/ddp.yaml", help="accelerate config for more than one GPU")
+    p.add_argument("--always", action="store_true", help="accelerate config for one GPU too")
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--agent", default="estimate", choices=["reflect", "estimate", "evaluate"])
+    p.add_argument("--prompts", type=int, default=4, help="of a GRPO step, on each GPU")
+    p.add_argument("--G", type=int, default=8)
+    p.add_argument("--tokens", type=int, default=64, help="of an answer")
+    p.add_argument("--frames", type=int, default=64)
+    p.add_argument("--side", type=int, default=224)
+    p.add_argument("--steps", type=int, default=6, help="measured")
+    p.add_argument("--skip", type=int, default=3, help="before them")
+    p.add_argument("--asked", type=int, default=192, help="samples for the agent")
+    p.add_argument("--parts", type=int, default=1, help="grad_accum")
+    p.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights of the language model")
+    p.add_argument("--no-checkpointing", action="store_true")
+    p.add_argument("--until", type=float, default=1e9, help="seconds after which nothing goes on")
+    a = p.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # so that what was started is ended
+    a.out = a.out.resolve()
+    a.out.mkdir(parents=True, exist_ok=True)
+    if a.device == "cpu":
+        (a.out/"cpu.yaml").write_text(ON_CPU)
+        a.launch, a.frames, a.side, a.tokens, a.asked, a.steps, a.prompts, a.skip = str(a.out/"cpu.yaml"), 8, 64, 8, 24, 2, 1, 1
+    a.model, a.frame_spec = a.out/(a.shape or "small"), dict(fps=2., max_frames=a.frames, min_pixels=a.side**2, max_pixels=a.side**2, total_pixels=a.frames*a.side**2)
+    if {"grpo", "agent"} & set(a.only): a.samples = write_work(a.out/f"clips-{a.only[0]}-{os.getpid()}", max(a.asked, 64), a.frames, a.side)
+    if not (a.model/"videotg.json").is_file() and a.only != ["all_reduce"]:
+        t = time.time()
+        write_model_apart(a.model, a.shape, a.device, env([a.first]))
+        say(a, dict(what="write", shape=a.shape, seconds=round(time.time() - t, 1)))
+    trace = Trace(a.device)
+    for kind in [o for o in ("all_reduce", "grpo", "agent") if o in a.only]:
+        for n in a.gpus:
+            if kind == "all_reduce" and n == 1: continue
+            t = time.time()
+            try: row = dict(all_reduce=all_reduce, grpo=grpo, agent=agent)[kind](a, n, trace, range(a.first, a.first + n))
+            except Exception as e: row = dict(what=kind, gpus=n, failed=f"{type(e).__name__}: {str(e)[-2500:]}")
+            rate = row.get("prompts_per_s") or row.get("samples_per_s")
+            row["shape"] = a.shape or "small"
+            if rate and (one := alone(a, row)): row["efficiency"] = round(rate/one/n, 4)
+            say(a, row | dict(wall_s=round(time.time() - t, 1), at_s=round(time.time() - BEGAN, 1)))
+
+
+def alone(a, row): # rate of one GPU, as measured before in this folder
+    rows = [json.loads(o) for o in (a.out/"rows.jsonl").read_text().splitlines()] if (a.out/"rows.jsonl").is_file() else []
+    found = [r for r in rows if (r["what"], r.get("shape"), r.get("gpus")) == (row["what"], row["shape"], 1)]
+    return next((r.get("prompts_per_s") or r.get("samples_per_s") for r in found if "failed" not in r), None)
+
+
+def say(a, row):
+    with open(a.out/"rows.jsonl", "a") as f: f.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__": main()
