@@ -2,6 +2,7 @@
 import argparse
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -62,6 +63,20 @@ def write_annotations(folder, repeat=1):
                             source="clips", split=role) for k in range(repeat if role == "train" else 1)]
     for role, found in rows.items(): (folder/f"{role}.jsonl").write_text("".join(json.dumps(o) + "\n" for o in found))
     return {k: len(v) for k, v in rows.items()}
+
+
+def carry(folder):
+    "What the rehearsal reads of the shared data, small enough to take along: the tokenizer, annotations, and frames of the clips for a machine that cannot decode"
+    import numpy as np
+
+    from videotg_r1.video import FrameSpec, read_clip
+    shutil.copytree(SHARED/"tokenizer/qwen2_5", folder/"tokenizer/qwen2_5", dirs_exist_ok=True)
+    (folder/"clips").mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(o) for o in (SHARED/"annotated_clips.jsonl").read_text().splitlines()]
+    for video in sorted({r["video"] for r in rows if (SHARED/r["video"]).is_file()}):
+        c = read_clip(str(SHARED/video), FrameSpec(fps=2., max_frames=64, min_pixels=112**2, max_pixels=224**2, total_pixels=64*224**2))
+        np.savez_compressed(folder/"clips"/f"{Path(video).name}.npz", frames=c.frames, times=c.frame_ts - c.frame_ts[0], duration_s=c.duration_s)
+    (folder/"annotated_clips.jsonl").write_text("".join(json.dumps(r | dict(video=f"clips/{Path(r['video']).name}.npz")) + "\n" for r in rows))
 
 
 def write_params(folder, device="cpu", steps=0, given=()):
@@ -182,9 +197,13 @@ if __name__ == "__main__":
     p.add_argument("--repeat", type=int, default=1, help="how often each query is asked, to make a run longer")
     p.add_argument("--set", nargs="*", default=[], metavar="section.name=value", help="over params/rehearsal.yaml, as shared.frames='{max_frames: 64}'")
     p.add_argument("--until", type=float, default=3600., help="seconds after which it is given up")
+    p.add_argument("--carry", action="store_true", help="only write to the folder what VTG_SHARED_DATA has to hold on a machine without decoders")
     a = p.parse_args()
     a.folder = a.folder.resolve()
     a.folder.mkdir(parents=True, exist_ok=True)
+    if a.carry:
+        carry(a.folder)
+        sys.exit()
     print(f"{write_annotations(a.folder, a.repeat)} samples", flush=True)
     if not (a.folder/"model/videotg.json").is_file(): write_model_apart(a.folder/"model", a.shape, a.device)
     write_params(a.folder, a.device, a.steps, a.set)

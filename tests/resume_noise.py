@@ -15,7 +15,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
+from scaling import write_work  # noqa: E402
 
 
 def start(a, name):
@@ -24,7 +25,7 @@ def start(a, name):
     out = a.out/name
     out.mkdir(parents=True, exist_ok=True)
     settings = dict(steps=a.steps, prompts_per_step=4, G=8, lr=1e-4, rewards=dict(iou=1.), max_completion_length=24, precision=a.precision, freeze_vision=True, skip_dead=False, save_steps=4)
-    job = TrainJob(method="grpo", path=str(out/"training"), model="tiny", samples=str(ROOT/"tests/data/world/train.jsonl"), settings=settings, device=a.device)
+    job = TrainJob(method="grpo", path=str(out/"training"), model="tiny", samples=a.samples, settings=settings, device=a.device)
     (out/"job.json").write_text(json.dumps(dict(kind="train", job=to_params(job))))
     with open(out/"log.txt", "ab") as log:
         return subprocess.Popen([sys.executable, "-m", "videotg_r1.runners", str(out/"job.json")], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
@@ -57,6 +58,7 @@ def main():
     p.add_argument("--steps", type=int, default=12)
     a = p.parse_args()
     a.out = a.out.resolve()
+    a.samples = write_work(a.out/"clips", 32, 16, 64, 8) # frames as they are: no decoder is needed
     runs = {o: start(a, o) for o in ("one", "two", "killed")}
     while runs["killed"].poll() is None and len(rows(a, "killed")) < a.steps//2: time.sleep(.02)
     at = len(rows(a, "killed"))

@@ -4,7 +4,7 @@
     python tests/scaling.py OUT --shape Qwen2.5-VL-7B --gpus 2 --only grpo --launch params/accelerate/fsdp2.yaml
     python tests/scaling.py OUT --device cpu                              a small model on two CPU processes: that it runs, not how fast
 
-Random weights of that shape are written to OUT/SHAPE once. GRPO is weak scaling: as many prompts on each GPU; the agent is strong scaling: the same samples.
+Random weights of that shape are written to OUT/SHAPE once. As many prompts and samples on each GPU, whatever their number.
 A training is ended once its steps are measured, so no final model is written. A row of each goes to OUT/rows.jsonl and is printed.
 """
 import argparse
@@ -89,32 +89,40 @@ def grpo(a, n, trace, gpus):
 
 
 def agent(a, n, trace, gpus):
-    "Samples a second, once the first batches are done"
+    "Samples a second while all processes work; and how much longer the longest one worked than the mean of them"
     from videotg_r1.config import to_params
     from videotg_r1.runners import AgentJob
     out = Path(tempfile.mkdtemp(prefix=f"agent-{a.shape or 'small'}-{n}-", dir=a.out))
     job = AgentJob(agent=a.agent, path=str(out/"found.jsonl"), samples=a.samples, model=str(a.model), settings=dict(k=8, max_new_tokens=a.tokens, batch_size=16), frames=a.frame_spec,
-                   device=a.device, max_samples=a.asked, runner="ranks" if n > 1 else "in_process", processes=n)
+                   device=a.device, max_samples=a.asked*n, runner="ranks" if n > 1 else "in_process", processes=n)
     (out/"job.json").write_text(json.dumps(to_params(job)))
     code = "import json, sys; from videotg_r1.config import from_params; from videotg_r1.runners import AgentJob, run_agent; run_agent(from_params(AgentJob, json.load(open(sys.argv[1]))), False)"
     with open(out/"log.txt", "wb") as log:
         p = subprocess.Popen([sys.executable, "-c", code, str(out/"job.json")], stdout=log, stderr=log, start_new_session=True, env=env(gpus))
-    began, seen, have = time.time(), [], 0
-    count = lambda: sum(max(lines(f) - 1, 0) for f in {out/"found.jsonl", *out.glob("found.part-*.jsonl")})
+    began, seen = time.time(), {} # file -> [(when, samples)]
     try:
         while p.poll() is None and time.time() - BEGAN < a.until:
-            if (now := count()) > have and now <= a.asked: have = now; seen.append((time.time(), now))
-            if have >= a.asked: break
+            for f in ([out/"found.jsonl"] if n == 1 else out.glob("found.part-*.jsonl")):
+                now, at = max(lines(f) - 1, 0), seen.setdefault(f.name, [(began, 0)])
+                if now > at[-1][1]: at.append((time.time(), now))
+            left = a.asked*n - sum(at[-1][1] for at in seen.values())
+            if n > 1 and seen and left and lines(out/"found.jsonl") > 1: # the last part to end was taken in before it was seen whole
+                late = min(seen.values(), key=lambda at: at[-1][1])
+                late.append((time.time(), late[-1][1] + left)); left = 0
+            if not left: break
             time.sleep(.02)
-        if have < a.asked and p.poll(): raise ended(p, out/"log.txt")
+        if sum(at[-1][1] for at in seen.values()) < a.asked*n and p.poll(): raise ended(p, out/"log.txt")
     finally:
         try: p.wait(20)
         except subprocess.TimeoutExpired: stop(p)
-    warm = [o for o in seen if o[1] >= a.asked/4]
-    if len(warm) < 2: raise RuntimeError(f"{have} of {a.asked} samples in the time there was")
-    (t0, n0), (t1, n1) = warm[0], warm[-1]
-    return dict(what=a.agent, gpus=n, samples=n1, k=8, tokens=a.tokens, samples_per_s=round((n1 - n0)/(t1 - t0), 4), first_to_last_s=round(seen[-1][0] - seen[0][0], 2),
-                start_s=round(seen[0][0] - began, 1), **trace.over(t0, t1, gpus))
+    ends = [at[-1][0] for at in seen.values()]
+    if len(ends) < n or min(len(at) for at in seen.values()) < 5: raise RuntimeError(f"{ {k: at[-1] for k, at in seen.items()} } in the time there was")
+    t0, t1 = max(at[2][0] for at in seen.values()), min(ends) # all of them work: from the slowest one's second batch to the first one's last
+    within = lambda at, t: max(k for when, k in at if when <= t)
+    own = [(at[-1][1] - at[2][1])/(at[-1][0] - at[2][0]) for at in seen.values()]
+    spent = [at[-1][0] - at[2][0] for at in seen.values()]
+    return dict(what=a.agent, gpus=n, samples=sum(at[-1][1] for at in seen.values()), k=8, tokens=a.tokens, samples_per_s=round(sum(within(at, t1) - within(at, t0) for at in seen.values())/(t1 - t0), 4),
+                each=[round(o, 3) for o in own], imbalance=round(max(spent)*len(spent)/sum(spent), 4), start_s=round(min(at[1][0] for at in seen.values()) - began, 1), measured_s=round(t1 - t0, 1), **trace.over(t0, t1, gpus))
 
 
 ALL_REDUCE = """
@@ -172,7 +180,7 @@ def main():
     p.add_argument("--side", type=int, default=224)
     p.add_argument("--steps", type=int, default=6, help="measured")
     p.add_argument("--skip", type=int, default=3, help="before them")
-    p.add_argument("--asked", type=int, default=192, help="samples for the agent")
+    p.add_argument("--asked", type=int, default=640, help="samples for the agent, on each GPU")
     p.add_argument("--parts", type=int, default=1, help="grad_accum")
     p.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights of the language model")
     p.add_argument("--no-checkpointing", action="store_true")
@@ -183,9 +191,9 @@ def main():
     a.out.mkdir(parents=True, exist_ok=True)
     if a.device == "cpu":
         (a.out/"cpu.yaml").write_text(ON_CPU)
-        a.launch, a.frames, a.side, a.tokens, a.asked, a.steps, a.prompts, a.skip = str(a.out/"cpu.yaml"), 8, 64, 8, 24, 2, 1, 1
+        a.launch, a.frames, a.side, a.tokens, a.asked, a.steps, a.prompts, a.skip = str(a.out/"cpu.yaml"), 8, 64, 8, 96, 2, 1, 1
     a.model, a.frame_spec = a.out/(a.shape or "small"), dict(fps=2., max_frames=a.frames, min_pixels=a.side**2, max_pixels=a.side**2, total_pixels=a.frames*a.side**2)
-    if {"grpo", "agent"} & set(a.only): a.samples = write_work(a.out/f"clips-{a.only[0]}-{os.getpid()}", max(a.asked, 64), a.frames, a.side)
+    if {"grpo", "agent"} & set(a.only): a.samples = write_work(a.out/f"clips-{a.only[0]}-{os.getpid()}", max(a.asked*max(a.gpus), 64), a.frames, a.side)
     if not (a.model/"videotg.json").is_file() and a.only != ["all_reduce"]:
         t = time.time()
         write_model_apart(a.model, a.shape, a.device, env([a.first]))
@@ -199,7 +207,7 @@ def main():
             except Exception as e: row = dict(what=kind, gpus=n, failed=f"{type(e).__name__}: {str(e)[-2500:]}")
             rate = row.get("prompts_per_s") or row.get("samples_per_s")
             row["shape"] = a.shape or "small"
-            if rate and (one := alone(a, row)): row["efficiency"] = round(rate/one/n, 4)
+            if rate and (one := alone(a, row)): row["efficiency"] = round(rate/one/n/row.get("imbalance", 1), 4)
             say(a, row | dict(wall_s=round(time.time() - t, 1), at_s=round(time.time() - BEGAN, 1)))
 
 

@@ -86,9 +86,12 @@ import os, sys
 sys.path[:0] = [{root!r}, {here!r}]
 from pathlib import Path
 import test_distributed as d
-d.train_two(Path({data!r}), Path({out!r}), {cases!r}, {sharded!r})
+d.train_here(Path({data!r}), Path({out!r}), {cases!r}, {sharded!r}, {begin!r}, {end!r})
 """
-CASES = dict(sft=dict(grad_accum=2), sft_lora=dict(lora_r=2, freeze_vision=True), grpo_parts=dict(grad_accum=4), grpo_lora=dict(lora_r=2, freeze_vision=True), grpo_frozen=dict(freeze_vision=True, beta=.1))
+CASES = dict(sft=dict(grad_accum=2), sft_lora=dict(lora_r=2, freeze_vision=True), grpo_parts=dict(grad_accum=4), grpo_lora=dict(lora_r=2, freeze_vision=True), grpo_frozen=dict(freeze_vision=True, beta=.1),
+             grpo_16=dict(freeze_vision=True, precision="bf16", gradient_checkpointing=True),
+             grpo_lora_16=dict(freeze_vision=True, precision="bf16", lora_r=2), sft_memory=dict(grad_accum=1), grpo_memory=dict(grad_accum=2),
+             grpo_span=dict(prompts_per_step=1, grad_accum=2))
 
 
 def one_training(name, world, out):
@@ -97,6 +100,7 @@ def one_training(name, world, out):
     from videotg_r1.policy import random_policy
     from videotg_r1.sft import SFTSettings, train_sft
     policy, base = random_policy(), dict(steps=2, lr=1e-3, save_steps=1) | CASES[name]
+    if name.endswith("_16"): policy.model.to(t.torch.bfloat16)               # as on a GPU
     if name.startswith("sft"):
         cfg = SFTSettings(batch_size=4, **base)
         return policy, train_sft(policy, world[0], cfg, out/name, frame_spec=t.spec_for(policy), cache=world[1], progress=False)
@@ -108,7 +112,7 @@ def pretend_gpu():
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
     os.environ |= dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", FSDP_RESHARD_AFTER_FORWARD="true",
-                       FSDP_TRANSFORMER_CLS_TO_WRAP="Qwen2_5_VLDecoderLayer,Qwen2_5_VLVisionBlock", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
+                       FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
     init = AcceleratorState.__init__
     def as_gpu(self, *args, **kwargs):
         if not AcceleratorState._shared_state:
@@ -118,8 +122,8 @@ def pretend_gpu():
     AcceleratorState.__init__ = as_gpu
 
 
-def train_two(data, out, cases, sharded):
-    "What each of two processes does"
+def train_here(data, out, cases, sharded, begin, end):
+    "What each of several processes does"
     import test_training as t
 
     from videotg_r1.records import read_samples
@@ -129,10 +133,31 @@ def train_two(data, out, cases, sharded):
         log = t.grpo.RunTrainer.log
         def looking(self, *args, **kwargs):
             assert {type(p).__name__ for p in self.model.parameters()} == {"DTensor"}, "the weights must be cut up"
+            assert {p.dtype for p in self.model.parameters() if p.requires_grad} == {t.torch.float32}, "what is trained stays in 32 bits"
             return log(self, *args, **kwargs)
         t.grpo.RunTrainer.log = looking
-    for name in cases: one_training(name, world, out)
-    with pytest.raises(t.Stop): stopped(t, world, out/"stopped")
+    for name in cases:
+        with pytest.MonkeyPatch.context() as m:
+            if name.endswith("memory") and os.environ["RANK"] == "1": run_out(m, name)
+            one_training(name, world, out)
+    for name in begin:
+        with pytest.raises(t.Stop): stopped(t, world, out/name)
+    for name in end: t.run(world, out/name, t.settings(**FOUR))
+
+
+def run_out(m, name):
+    "Memory ends in one of two processes: on the way there in SFT, on the way back in GRPO, in the second part of a step"
+    import test_faults as f
+    if name.startswith("sft"): return f.small_memory(m, 1, "forward")
+    score, seen = f.grpo.VideoGRPO.score, []
+    def second(self, *args):
+        seen.append(1)
+        if len(seen) == 2: f.small_memory(m, 3, "backward")
+        return score(self, *args)
+    m.setattr(f.grpo.VideoGRPO, "score", second)
+
+
+FOUR = dict(steps=4, prompts_per_step=4, save_steps=1, schedule="linear")
 
 
 def stopped(t, world, out):
@@ -142,7 +167,7 @@ def stopped(t, world, out):
         if self.state.global_step == 2: raise t.Stop
         return look(self, qids)
     t.grpo.VideoGRPO.look = stopping
-    try: t.run(world, out, t.settings(steps=4, prompts_per_step=4, save_steps=1, schedule="linear"))
+    try: t.run(world, out, t.settings(**FOUR))
     finally: t.grpo.VideoGRPO.look = look
 
 
@@ -157,22 +182,27 @@ def clips(tmp_path_factory):
     return folder, (samples, None)
 
 
-def two(clips, out, cases, sharded=False):
-    (out/"two.py").write_text(TWO.format(root=str(ROOT), here=str(ROOT/"tests"), data=str(clips[0]), out=str(out), cases=list(cases), sharded=sharded))
-    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(out/"two.py")],
+def train_with(n, clips, out, cases=(), sharded=False, begin=(), end=()):
+    "Train cases in n processes, begin runs and stop them in the third step, end runs that were stopped"
+    (out/"train.py").write_text(TWO.format(root=str(ROOT), here=str(ROOT/"tests"), data=str(clips[0]), out=str(out), cases=list(cases), sharded=sharded, begin=list(begin), end=list(end)))
+    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(out/"train.py")],
                        env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=900)
     assert r.returncode == 0, f"{complaint(r.stderr)}\n{r.stderr[-8000:]}"
 
 
-def curve(folder, *keys):
+def rows_of_history(folder):
     from videotg_r1.training import History
-    return [[r[k] for k in keys if r.get(k) is not None] for r in History(folder/"history.jsonl").rows()]
+    return History(folder/"history.jsonl").rows()
+
+
+def curve(folder, *keys): return [[r[k] for k in keys if r.get(k) is not None] for r in rows_of_history(folder)]
 
 
 def same_as_one(clips, out, cases):
     for name in cases:
         policy, _ = one_training(name, clips[1], out/"one")
-        keys = ("loss", "grad_norm", "reward", "kl", "total/prompt_tokens", "total/generated_tokens")
+        keys = ("loss", "grad_norm", "reward", "reward_std", "kl", "total/prompts", "total/generated_tokens")
+        if name != "grpo_span": keys += ("total/prompt_tokens",)         # there both processes read the prompt
         for a, b in zip(curve(out/name, *keys), curve(out/"one"/name, *keys), strict=True): assert a == pytest.approx(b, abs=1e-5), name
         whole = load_policy(str(out/name/"final"))                       # a plain folder, whoever wrote it
         assert weights_gap(whole, policy) < 1e-4, name
@@ -184,27 +214,44 @@ def weights_gap(a, b):
 
 def test_two_processes_train_as_one_and_one_goes_on(clips, tmp_path):
     import test_training as t
-    cases = ("sft", "sft_lora", "grpo_parts", "grpo_lora", "grpo_frozen")
-    two(clips, tmp_path, cases)
+    cases = ("sft", "sft_lora", "grpo_parts", "grpo_lora", "grpo_frozen", "sft_memory", "grpo_memory", "grpo_span")
+    with pytest.raises(t.Stop): stopped(t, clips[1], tmp_path/"of_one")
+    train_with(2, clips, tmp_path, cases, begin=["of_two"], end=["of_one"])
     same_as_one(clips, tmp_path, cases)
-    cfg = t.settings(steps=4, prompts_per_step=4, save_steps=1, schedule="linear")
-    whole, _ = t.run(clips[1], tmp_path/"whole", cfg)
-    rest, out = t.run(clips[1], tmp_path/"stopped", cfg)                 # two processes made steps 1 and 2, one makes 3 and 4
-    assert out["resumed_from"] == 2 and weights_gap(whole, rest) < 1e-4
-    for a, b in zip(curve(tmp_path/"whole", "loss", "reward"), curve(tmp_path/"stopped", "loss", "reward"), strict=True): assert a == pytest.approx(b, abs=1e-5)
+    for name, most in (("sft_memory", 1), ("grpo_memory", 2)): assert [r["at_once"] for r in rows_of_history(tmp_path/name)] == [most]*2
+    _, out = t.run(clips[1], tmp_path/"of_two", t.settings(**FOUR))
+    assert out["resumed_from"] == 2
+    same_as_unstopped(t, clips, tmp_path, "of_one", "of_two")
+
+
+def same_as_unstopped(t, clips, out, *names):
+    "Runs whose first two steps and whose last two were made by different numbers of processes"
+    whole, _ = t.run(clips[1], out/"whole", t.settings(**FOUR))
+    for name in names:
+        assert json.loads((out/name/"final/complete.json").read_text())["info"]["resumed_from"] == 2
+        assert weights_gap(whole, load_policy(str(out/name/"final"))) < 1e-4, name
+        for a, b in zip(curve(out/"whole", "loss", "reward"), curve(out/name, "loss", "reward"), strict=True): assert a == pytest.approx(b, abs=1e-5), name
 
 
 def test_cut_up_over_two_processes_it_trains_as_one(clips, tmp_path):
     import test_training as t
-    cases = ("sft", "grpo_parts", "grpo_frozen")
-    two(clips, tmp_path, cases, sharded=True)
+    cases = ("sft", "sft_lora", "grpo_parts", "grpo_lora", "grpo_frozen")
+    train_with(1, clips, tmp_path, sharded=True, begin=["of_one"])
+    train_with(2, clips, tmp_path, (*cases, "grpo_16", "grpo_lora_16"), sharded=True, begin=["of_two"], end=["of_one"])
+    shutil.copytree(tmp_path/"of_two", tmp_path/"whole_now")
+    with pytest.raises(ValueError, match="written with sharding"): t.run(clips[1], tmp_path/"whole_now", t.settings(**FOUR))
+    train_with(1, clips, tmp_path, sharded=True, end=["of_two"])
+    same_as_unstopped(t, clips, tmp_path, "of_one", "of_two")
     same_as_one(clips, tmp_path, cases)
-    with pytest.raises(ValueError, match="written with sharding"):
-        t.run(clips[1], tmp_path/"stopped", t.settings(steps=4, prompts_per_step=4, save_steps=1, schedule="linear"))
+    for name in ("grpo_16", "grpo_lora_16"):                             # 16-bit weights round a draw now and then, so these are not compared step by step
+        rows = rows_of_history(tmp_path/name)
+        assert len(rows) == 2 and all(r["grad_norm"] > 0 and r["sampling/sampling_logp_difference/mean"] < .03 for r in rows)
 
 
-def test_a_group_that_would_span_processes_is_refused():
-    with pytest.raises(ValueError, match="whole groups"): part_size(GRPOSettings(prompts_per_step=1, G=8), world=2)
+def test_groups_may_span_processes_in_equal_shares():
+    assert part_size(GRPOSettings(prompts_per_step=1, G=8), world=2) == 4 and part_size(GRPOSettings(prompts_per_step=2, G=8, grad_accum=2), world=4) == 2
+    with pytest.raises(ValueError, match="whole groups"): part_size(GRPOSettings(prompts_per_step=3, G=8), world=2)
+    with pytest.raises(ValueError, match="whole groups"): part_size(GRPOSettings(prompts_per_step=1, G=8, grad_accum=4, steps_per_generation=1), world=1)
     assert part_size(GRPOSettings(prompts_per_step=8, G=8, grad_accum=2), world=8) == 4    # half a group at a time, a whole one a process
 
 
@@ -244,8 +291,8 @@ def test_an_actor_killed_in_the_middle_costs_nothing_finished(ray_free, alone, t
 
 
 # ---------------------------------------------------------------- queues
-def shell(script, *args, path, **env):
-    return subprocess.run(["bash", str(ROOT/"slurm"/script), *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=300,
+def shell(script, *args, path, cwd=ROOT, **env):
+    return subprocess.run(["bash", str(ROOT/"slurm"/script), *map(str, args)], cwd=cwd, capture_output=True, text=True, timeout=300,
                           env=os.environ | dict(PATH=f"{path}:{os.environ['PATH']}") | env)
 
 
@@ -278,6 +325,53 @@ def test_the_training_script_starts_every_machine(tmp_path):
     lines = r.stdout.strip().splitlines()
     assert len(lines) == 2 and all("--num_machines 2 --num_processes 16" in o and "--main_process_ip one" in o and o.endswith("-m videotg_r1.runners job.json") for o in lines), r.stderr
     assert ["--machine_rank 0" in lines[0], "--machine_rank 1" in lines[1]] == [True, True]
+
+
+SUBMIT = """
+import os, re, subprocess, sys
+args, seen = sys.argv[1:], []
+while args and args[0].startswith("--") and not args[0].startswith("--wrap"):
+    key, _, value = args.pop(0)[2:].partition("=")
+    if key == "job-name": value = args.pop(0)
+    seen.append((key, value))
+given = dict(seen)
+with open(os.environ["QUEUE"], "a") as f: f.write(f"{given.get('job-name')} after {given.get('dependency', '-')}\\n")
+command = ["bash", "-c", args[1]] if args[0] == "--wrap" else ["bash", *args]
+first, last = map(int, given.get("array", "0-0").split("-"))
+for i in range(first, last + 1):
+    array = dict(SLURM_ARRAY_TASK_ID=str(i), SLURM_ARRAY_TASK_MIN=str(first), SLURM_ARRAY_TASK_MAX=str(last))
+    subprocess.run(command, check=True, stdout=sys.stderr, env=os.environ | (array if "array" in given else {}))
+print(given["job-name"])
+"""
+
+
+def test_a_whole_run_is_submitted_as_a_chain(tmp_path):
+    "With a queue that runs every job at once: what is called, in which order, after what"
+    bin, name, log = tmp_path/"bin", "charades_qwen2_5_vl_7b_8gpu", tmp_path/"log"
+    for o in ("vtg", "accelerate"): stand_in(bin, o, f'echo "{o} $*" >> {log}\n')
+    stand_in(bin, "python", f'exec {sys.executable} "$@"\n')
+    stand_in(bin, "srun", 'shift\nSLURM_NODEID=0 "$@"\n')
+    stand_in(bin, "scontrol", "echo one\n")
+    (tmp_path/"sbatch.py").write_text(SUBMIT)
+    stand_in(bin, "sbatch", f'exec {sys.executable} {tmp_path}/sbatch.py "$@"\n')
+    params, env = f"{ROOT}/params/{name}.yaml", dict(QUEUE=str(tmp_path/"queue"), SLURM_SUBMIT_DIR=str(tmp_path), SLURM_JOB_NODELIST="one", SLURM_JOB_NUM_NODES="1")
+    r = shell("submit.sh", params, 2, path=bin, cwd=tmp_path, DRY_RUN="1", **env)
+    jobs = [o.split("vtg-")[1] for o in r.stderr.splitlines() if o.startswith("sbatch")]
+    assert [o.split()[0] for o in jobs] == ["prepare", "reflect", "estimate", "gather", "train-sft", "train-grpo", "train-grpo_bra", "train-videotg_r1", "report"], r.stderr
+    assert "--array=0-1" in jobs[1] and "--gres=gpu:8" in jobs[4] and not log.exists(), "a dry run starts nothing"
+    for i in range(2):
+        (part := tmp_path/f"runs/{name}/reflect.part-{i}-of-2").mkdir(parents=True)
+        for o in ("reflections", "reflections.calibration"): (part/f"{o}.jsonl").touch()
+    r = shell("submit.sh", params, 2, path=bin, cwd=tmp_path, **env)
+    assert r.returncode == 0, r.stdout + r.stderr
+    said, run = log.read_text().splitlines(), f"vtg run {params}"
+    assert said[:5] == [f"{run} --only prepare", *(f"{run} --only {s} --part {i}/2" for s in ("reflect", "estimate") for i in range(2))]
+    parts = [f"runs/{name}/reflect.part-{i}-of-2" for i in range(2)]
+    assert said[5] == " ".join(["vtg merge", f"runs/{name}/reflect/reflections.jsonl", *(f"{o}/reflections.jsonl" for o in parts), f"--samples runs/{name}/prepare/train.jsonl"])
+    assert said[6].startswith(f"vtg merge runs/{name}/reflect/reflections.calibration.jsonl") and said[7] == f"{run} --only reflect,estimate,select"
+    assert sum("--job-file" in o for o in said) == sum(o.startswith("accelerate") for o in said) == 4 and said[-1] == run
+    queue = dict(o.split(" after ") for o in (tmp_path/"queue").read_text().splitlines())
+    assert queue["vtg-gather"] == "afterok:vtg-reflect:vtg-estimate" and queue["vtg-train-sft"] == "afterok:vtg-gather" and queue["vtg-report"].count(":vtg-train") == 4
 
 
 def test_over_ssh_runs_parts_and_merges_them_and_the_run_goes_on(tmp_path):

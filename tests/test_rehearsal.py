@@ -4,6 +4,7 @@ import os
 
 import pytest
 import rehearsal
+import scaling
 
 there = rehearsal.SHARED/"tokenizer/qwen2_5/tokenizer.json"
 
@@ -31,3 +32,17 @@ def test_every_stage_from_prepare_to_report_killed_once(tmp_path):
     assert (report/"index.html").is_file() and resumed == 2
     metrics = json.loads((report/"metrics.json").read_text())
     assert metrics["claim"]
+
+
+def test_what_is_measured_on_several_gpus_is_held_against_one(tmp_path):
+    from videotg_r1.records import read_samples
+    samples = read_samples(scaling.write_work(tmp_path/"clips", 7, 8, 32, videos=2))
+    assert len(samples) == 7 and len({s.video for s in samples}) == 4 and len(scaling.lines(tmp_path/"clips/samples.jsonl")*"x") == 7
+    a = type("args", (), dict(out=tmp_path))()
+    rows = [dict(what="grpo", gpus=1, shape="small", failed="no memory"), dict(what="grpo", gpus=1, shape="small", prompts_per_s=2.), dict(what="grpo", gpus=1, shape="large", prompts_per_s=9.)]
+    (tmp_path/"rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert scaling.alone(a, dict(what="grpo", shape="small")) == 2. and scaling.alone(a, dict(what="estimate", shape="small")) is None
+    trace = rehearsal.Trace("cpu")
+    trace.rows = [(t, [10*t], [float(t)]) for t in range(5)]
+    trace.grown = [(1., "reflect/a.jsonl", 1), (2., "reflect/a.jsonl", 9), (3., "reflect-2/a.jsonl", 1)]
+    assert trace.over(1, 3) == dict(util=[20], peak_gib=[3.]) and trace.work("reflect", 0, 9) == (1., 2.) and trace.work("reflect", 0, 1) is None

@@ -172,3 +172,12 @@ def test_told_to_stop_it_leaves_and_goes_on(smoke, tmp_path, monkeypatch):
     assert json.loads((run/"run.json").read_text())["attempts"][-1]["status"] == "interrupted"
     assert json.loads((run/"status.json").read_text())["state"] == "interrupted"
     assert list((run/"training").glob("checkpoint-*/complete.json")), "it left without a checkpoint"
+
+
+def test_the_params_file_says_how_long_silence_may_last(monkeypatch):
+    "Given there, unless the flag says otherwise"
+    import videotg_r1.stages as stages
+    seen, config = [], dict(run="quiet", prepare=dict(source="synthetic"))
+    monkeypatch.setattr(stages, "run_jobs", lambda plan, config, root, jobs, force, say, stall_s: seen.append(stall_s))
+    for given, flag in (({}, None), (dict(stall_s=7200), None), (dict(stall_s=7200), 60.)): stages.run_all(config | given, stall_s=flag)
+    assert seen == [stages.STALL_S, 7200, 60.]

@@ -11,12 +11,13 @@ __all__ = ['SHAPES', 'AXES', 'BENCHES', 'WIDTHS', 'BenchConfig', 'shaped_policy'
            'bench_rollout', 'bench_vision', 'clip_files', 'bench_train', 'bench_data', 'scaled', 'bench_scaling',
            'scaling_figure', 'scaling_panel', 'bench', 'bench_part', 'bench_head', 'bench_line', 'write_bench']
 
-# %% ../nbs/79_bench.ipynb #814932b3
+# %% ../nbs/79_bench.ipynb #1b516e73
 import gc
 import json
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -397,7 +398,7 @@ def grouper_learns(
     for e, ids, w in zip(work.encodeds, work.answers.ids, weights(work.answers.mask), strict=True):
         (grouped_logps(work.policy, e, ids)*w).sum().backward()
 
-# %% ../nbs/79_bench.ipynb #f8064367
+# %% ../nbs/79_bench.ipynb #251b6d44
 def bench_learner(
     work, # Work
     machine, # Machine
@@ -426,8 +427,12 @@ def bench_learner(
         yield line(f"learner / {name}", ours, m, note="no recomputation")
     m, name = min((b for b in best if b[0]), key=lambda b: b[0].seconds, default=(None, "nothing ran"))
     yield line("learner", ours, m, note=f"against the fastest: {name}")
+    for n in (2, 4) if work.real else ():
+        w = Work(replace(work.cfg, micro=n), p, work.clips[:n], work.queries[:n])
+        m = measure(w, partial(ours_learns, w))
+        yield row(f"learner, {n} prompts at once", m, None, floor(w, machine, learns=True), int(w.answers.mask.sum()), f"{m.seconds*1e3/n:.0f} ms a prompt")
 
-# %% ../nbs/79_bench.ipynb #89894334
+# %% ../nbs/79_bench.ipynb #b0e887fd
 def some_weights(
     policy, # Policy
 ): # list of parameters
@@ -442,7 +447,7 @@ def results(
     "What a learner computes"
     p, r, es = work.policy, work.answers, work.encodeds
     if rows:
-        with conventional(p):
+        with conventional(p, recompute=p.device.type == "cuda"):
             rows_learn(work, rows)
             with torch.no_grad(): logps = torch.cat([row_logps(p, es, ids) for ids in r.ids.split(rows, 1)], 1)
     else:
@@ -693,23 +698,22 @@ def bench_train(
         yield row(f"train, tiny, {precision}", Measured(step),
                   note=f"{1/step:.2f} steps/s of {len(samples)} x {cfg.G}; {len(at)} steps took {whole:.1f} s in all")
 
-# %% ../nbs/79_bench.ipynb #8cc0a9b4
+# %% ../nbs/79_bench.ipynb #29ada06f
 def bench_data(
     work, # Work
     machine, # Machine
 ): # yields rows
     "Clips from disk to prompts"
-    p = work.policy
-    with tempfile.TemporaryDirectory() as d:
-        paths = clip_files(work, d)
-        size = work.clips[0].frames[0, ..., 0].size
-        spec = frame_spec(p, fps=1., min_pixels=p.factor**2, max_pixels=size, total_pixels=1 << 30)
-        def load(cache):
-            for path, q in zip(paths, work.queries, strict=True):
-                encode(p, read_clip(path, spec, cache=cache), vtg_prompt(q))
+    p, rng = work.policy, np.random.default_rng(work.cfg.seed)
+    side = 224//p.factor*p.factor
+    spec = frame_spec(p, fps=1., min_pixels=p.factor**2, max_pixels=side**2, total_pixels=1 << 30)
+    with tempfile.TemporaryDirectory() as d, ThreadPoolExecutor(2) as readers:
+        paths = [str(Path(d)/f"{i}.mp4") for i in range(len(work.clips))]
+        for path in paths: write_video(path, waves(rng, work.cfg.frames, side), 1.)
+        def load(cache): return [*readers.map(lambda path: encode(p, read_clip(path, spec, cache=cache), vtg_prompt("a door opens")), paths)]
         ours, theirs = measure(work, partial(load, FrameCache(Path(d)/"frames"))), measure(work, partial(load, None))
     per_s = lambda m: len(paths)/m.seconds if m else 0.
-    yield row("data", ours, theirs, note=f"{per_s(ours):.0f} samples/s from a warm cache, {per_s(theirs):.1f} decoded")
+    yield row("data", ours, theirs, note=f"{per_s(ours):.0f} samples/s from a warm cache, {per_s(theirs):.1f} decoded; 2 readers", samples_s=per_s(ours))
 
 # %% ../nbs/79_bench.ipynb #7436a168
 AXES = dict(lengths="tokens of a prompt", groups="answers to a prompt", flights="prompts at once")
@@ -749,7 +753,7 @@ def bench_scaling(
             least = floor(w, machine, learns=True)
             yield line(f"scaling: learn, {x} {name}", ours, theirs, least, tokens, piece="learner")
 
-# %% ../nbs/79_bench.ipynb #b5cca40c
+# %% ../nbs/79_bench.ipynb #827a47c5
 def scaling_figure(
     rows, # of `bench`
 ): # matplotlib figure, or None where nothing was scaled
@@ -761,6 +765,8 @@ def scaling_figure(
     with canvas(8.4, 4.4, nrows=2, ncols=3, squeeze=False) as (fig, axes):
         for i, piece in enumerate(("rollout", "learner")):
             for j, axis in enumerate(AXES): scaling_panel(axes[i, j], panels.get((piece, axis), []), piece, axis)
+        lines = {line.get_label(): line for ax in axes.flat for line in ax.lines}
+        fig.legend(lines.values(), lines.keys(), loc="outside upper center", ncols=3, frameon=False)
     return fig
 
 def scaling_panel(
@@ -781,7 +787,6 @@ def scaling_panel(
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
-    ax.legend(frameon=False)
 
 # %% ../nbs/79_bench.ipynb #09b723b1
 BENCHES = dict(learner=bench_learner, exact=bench_exact, step=bench_step, agents=bench_agents, train=bench_train, rollout=bench_rollout, vision=bench_vision,

@@ -34,7 +34,7 @@ def say(
     lines = " ".join(map(str, text)).split("\n")
     print("\n".join(lib("records").printable(o, 4000) for o in lines), file=file or sys.stdout, flush=True) # noqa: T201 (the one place of the package that prints)
 
-# %% ../nbs/82_cli.ipynb #989a5e4a
+# %% ../nbs/82_cli.ipynb #294133c4
 def params_of(
     name:str, # path of a params file, or the name of a shipped one
 )->dict: # what it holds
@@ -78,7 +78,7 @@ def stage(
         return 0
     given = (params_of(args.params) if args.params else {}) | pairs(args.values)
     folder = args.run_dir or f"runs/by-hand/{Path(args.name).stem}"
-    status = s.run_stage(args.name, given, folder, force=args.force, stall_s=args.stall)
+    status = s.run_stage(args.name, given, folder, force=args.force, stall_s=s.STALL_S if args.stall is None else args.stall)
     say(f"{status}: {s.repo_path(folder)}")
     return 0
 
@@ -363,10 +363,10 @@ def evidence(
         for folder in e.write_reports(params["lab"], e.read_program(args.out), args.reports): say(f"{folder/'README.md'}")
     return int(bool(bad))
 
-# %% ../nbs/82_cli.ipynb #0e034333
+# %% ../nbs/82_cli.ipynb #eb81d579
 PARAMS = ("params", dict(help="params file, or the name of a shipped one, as in quickstart"))
 VALUES = ("values", dict(nargs="*", metavar="name=value", help="values, read as YAML"))
-STALL = ("--stall", dict(type=float, default=1800., metavar="SECONDS", help="end a stage that gives no sign of life for so long (default 1800)"))
+STALL = ("--stall", dict(type=float, default=None, metavar="SECONDS", help="end a stage that gives no sign of life for so long (default: stall_s of the params file, or 1800)"))
 FORCE = ("--force", dict(action="store_true", help="replace results of other parameters instead of refusing"))
 
 # %% ../nbs/82_cli.ipynb #ad447498

@@ -179,7 +179,7 @@ def attend(self:Layout,
                                                   scale=scale, enable_gqa=True).transpose(1, 2).flatten(0, 1))
     return torch.cat(out).index_select(0, back)[None]
 
-# %% ../nbs/31_engine.ipynb #b80cc66b
+# %% ../nbs/31_engine.ipynb #6882a999
 @dataclass(frozen=True)
 class Part:
     "Queries of a row and the keys that they look at, piece by piece"
@@ -190,12 +190,6 @@ class Part:
     max_q: int # queries of the longest piece
     max_k: int # keys of the longest
     causal: bool # each query sees the keys up to its own place; else all of the piece
-
-    @property
-    def all(self): # (queries, keys) where it is a row from its start on, else None
-        "How much it takes in"
-        whole = all(isinstance(o, slice) and o.start == 0 for o in (self.rows, self.keys))
-        return (self.rows.stop, self.keys.stop) if whole else None
 
 def pieces_of(
     pieces, # list of ((first, end) of queries, (first, end) of keys)
@@ -236,7 +230,7 @@ def flat(self:Layout,
                                  for seen, g in groups if len(seen) > j], False, device)
     return self._flat
 
-# %% ../nbs/31_engine.ipynb #ee3bcf07
+# %% ../nbs/31_engine.ipynb #507a48b0
 def flash(q, k, v, part, scale): # ([n,heads,d], [heads,n] log of the softmax's norm)
     "Attention of a part by PyTorch's flash attention"
     return torch.ops.aten._flash_attention_forward(q, k, v, part.cu_q, part.cu_k, part.max_q, part.max_k, 0., part.causal, False, scale=scale)[:2]
@@ -250,28 +244,32 @@ def flash_back(grad, q, k, v, out, norm, part, scale): # gradients of q, k and v
 @torch.library.custom_op("videotg::attend", mutates_args=())
 def attend_parts(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: list[torch.Tensor], scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     "Attention of a row, part by part, as one softmax: [Q,heads,d], [S,kv_heads,d] twice -> [Q,heads,d] and its norm [heads,Q]"
-    for i, p in enumerate(parts_of(plan)):
+    first, *others = parts_of(plan)                                     # of the row itself
+    out, norm = flash(q, k[first.keys], v[first.keys], first, scale)
+    for p in others:
         o, n = flash(q[p.rows], k[p.keys], v[p.keys], p, scale)
-        if i == 0: out, norm = o, n; continue
-        share, both = torch.sigmoid(n - norm[:, p.rows]).T[..., None], torch.logaddexp(norm[:, p.rows], n)
+        old = norm[:, p.rows]
+        share = torch.sigmoid(n - old).T[..., None]
+        norm[:, p.rows] = torch.logaddexp(old, n)
         out[p.rows] = torch.lerp(out[p.rows].float(), o.float(), share).to(out.dtype)
-        norm[:, p.rows] = both
     return out.contiguous(), norm.contiguous()
 
 @torch.library.custom_op("videotg::attend_back", mutates_args=())
 def attend_parts_back(grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, norm: torch.Tensor,
                       plan: list[torch.Tensor], scale: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     "Gradients of queries, keys and values"
-    grads = None
-    for p in parts_of(plan):
-        found = flash_back(grad[p.rows].contiguous(), q[p.rows], k[p.keys], v[p.keys], out[p.rows], norm[:, p.rows].contiguous(), p, scale)
-        if grads is None and p.all == (len(q), len(k)): grads = found; continue       # the first part is the row itself
-        if grads is None: grads = [torch.zeros_like(x) for x in (q, k, v)]
+    first, *others = parts_of(plan)
+    grads = [*flash_back(grad, q, k[first.keys], v[first.keys], out, norm, first, scale)]
+    for i, x in ((1, k), (2, v)):
+        if len(grads[i]) < len(x): grads[i] = F.pad(grads[i], (0, 0, 0, 0, len(x) - len(grads[i]), 0))     # the cache stands in front
+    for p in others:
+        found = flash_back(grad[p.rows], q[p.rows], k[p.keys], v[p.keys], out[p.rows], norm[:, p.rows].contiguous(), p, scale)
         for g, x, which in zip(grads, found, (p.rows, p.keys, p.keys), strict=True):
             if isinstance(which, slice): g[which] += x
             else: g.index_add_(0, which, x)
     return tuple(g.contiguous() for g in grads)
 
+# %% ../nbs/31_engine.ipynb #49115259
 @attend_parts.register_fake
 def _(q, k, v, plan, scale): return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -337,7 +335,7 @@ def ready(
     config._attn_implementation_internal = SHARED
     return model
 
-# %% ../nbs/31_engine.ipynb #10278d05
+# %% ../nbs/31_engine.ipynb #ee5e6e97
 def fused(
     f, # function
     **how, # for torch.compile
@@ -348,11 +346,12 @@ def fused(
 
 def compile_layers(
     policy, # Policy
+    **how,  # for torch.compile
 ): # the same Policy
     "Compile the layers of the language model and of the vision tower around their attention"
     inner = unwrap(policy.model).model
     for layer in (*inner.language_model.layers, *inner.visual.blocks):
-        if layer._compiled_call_impl is None: layer._compiled_call_impl = fused(layer._call_impl, dynamic=True)
+        if layer._compiled_call_impl is None: layer._compiled_call_impl = fused(layer._call_impl, dynamic=True, **how)
     return policy
 
 # %% ../nbs/31_engine.ipynb #5947f80d
@@ -808,19 +807,20 @@ def joined(
         if x is not None: torch.cat(y, out=x)
     return into
 
-# %% ../nbs/31_engine.ipynb #3901ef37
+# %% ../nbs/31_engine.ipynb #6033ab77
 def in_flight(
     policy, # Policy
     encodeds, # list of Encoded
     answers=0, # tokens of all answers to a prompt
-    room=1 << 28, # bytes for keys and values
+    room=0, # bytes for keys and values; 0: 256 MiB, on a GPU 5 GiB
 ): # 16 to 128
     "How many prompts to work on at a time"
     c = policy.config.get_text_config()
     size = 2*c.num_hidden_layers*c.num_key_value_heads*(getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads)*policy.model.dtype.itemsize
+    room = room or (5 << 30 if policy.device.type == "cuda" else 1 << 28)
     return min(max(room//(size*(max(map(len, encodeds)) + answers)), 16), 128)
 
-# %% ../nbs/31_engine.ipynb #6637d92c
+# %% ../nbs/31_engine.ipynb #b20d473e
 def sample(
     policy,           # Policy
     encodeds,         # list of B Encoded
@@ -832,6 +832,7 @@ def sample(
     greedy=False,     # take the most likely token instead of drawing
     batch_size=0,     # prompts in flight; 0: `in_flight`
     prompts=None,     # Prompts that were read from the same Encodeds
+    numbers=None,     # [B,G,T] numbers in [0,1) to draw with, in place of the seed's
 ): # Rollouts
     "Draw G answers to each prompt"
     if not (temperature > 0 and 0 < top_p <= 1 and G >= 1 and max_new_tokens >= 1 and batch_size >= 0):
@@ -839,7 +840,7 @@ def sample(
                          f"{G=} {max_new_tokens=} {batch_size=}; for the most likely answer set greedy=True")
     if not encodeds: raise ValueError("sample: need at least one Encoded, got an empty list")
     B, T = len(encodeds), max_new_tokens
-    numbers = None if greedy else uniforms(seed, B, G, T).to(policy.device)
+    numbers = None if greedy else (uniforms(seed, B, G, T) if numbers is None else numbers).to(policy.device)
     with inference(policy) as model:
         read = lambda new: prefill(policy, seen(policy, [encodeds[i] for i in new]), model) if prompts is None else prompts.part(new)
         ready(policy, model); writer = writer_for(policy, model)

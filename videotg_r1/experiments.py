@@ -8,9 +8,9 @@ __all__ = ['WATCHED', 'RUN', 'MASK', 'WAYS', 'HINT', 'ALL', 'MASKS', 'STEPS_TIME
            'training_set', 'chunk', 'agent_cell', 'reflection_rows', 'best_proposals', 'difficulty_rows', 'Worker',
            'pass_samples', 'run_reflect', 'thresholds', 'run_estimate', 'test_policy', 'scored', 'run_zero',
            'in_fifths', 'learning_rate', 'run_train', 'tune_cell', 'run_choose', 'run_base', 'run_cell',
-           'visible_cards', 'attend_cells', 'Crew', 'next_cell', 'save_cells', 'run_cells', 'agent_needs',
-           'reflect_cells', 'estimate_cells', 'train_cells', 'base', 'tune', 'zero', 'partial_arms', 'partial',
-           'reflection', 'ablation_arms', 'ablation', 'headline_arms', 'headline', 'masking', 'difficulty',
+           'visible_cards', 'attend_cells', 'Crew', 'next_cell', 'visits', 'duration', 'save_cells', 'run_cells',
+           'agent_needs', 'reflect_cells', 'estimate_cells', 'train_cells', 'base', 'tune', 'zero', 'partial_arms',
+           'partial', 'reflection', 'ablation_arms', 'ablation', 'headline_arms', 'headline', 'masking', 'difficulty',
            'sensitivity', 'program', 'listing', 'own_lab', 'run_program']
 
 # %% ../nbs/64_experiments.ipynb #44701130
@@ -447,7 +447,7 @@ def run_cell(
     write_atomic(w.out/"cells"/f"{cell.name}.json", json.dumps(out))
     return out
 
-# %% ../nbs/64_experiments.ipynb #8894c656
+# %% ../nbs/64_experiments.ipynb #90657bac
 def visible_cards(
     device:str, # auto, cpu or cuda
 )->list: # names for CUDA_VISIBLE_DEVICES; [None] where none is to be chosen
@@ -457,6 +457,7 @@ def visible_cards(
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     return given.split(",")[:n] if given else [str(i) for i in range(n)]
 
+# %% ../nbs/64_experiments.ipynb #5e16ae2d
 def attend_cells(conn, lab, out, card):
     "A worker process: cells come, names and errors go"
     if card is not None: os.environ["CUDA_VISIBLE_DEVICES"] = card
@@ -508,15 +509,39 @@ class Crew:
         "End all processes"
         for p,*_ in self.members.values(): p.kill(); p.join(5)
 
-# %% ../nbs/64_experiments.ipynb #c010a834
+# %% ../nbs/64_experiments.ipynb #4b660d3b
 def next_cell(
     cells, # list of Cell in the order of the program
     done, # names of those that are done
     taken, # names of those that run or failed
+    fits=lambda cell: True, # whether a cell would end in time
 ): # Cell or None
     "The first cell that can be started"
-    return next((c for c in cells if c.name not in done and c.name not in taken and all(n in done for n in c.needs)), None)
+    return next((c for c in cells if c.name not in done and c.name not in taken and all(n in done for n in c.needs) and fits(c)), None)
 
+# %% ../nbs/64_experiments.ipynb #e56434dd
+def visits(
+    lab:Lab,
+    cell:Cell,
+)->int: # prompts that a training looks at; 0 for other cells
+    "How long a training is"
+    if cell.kind != "train": return 0
+    s = {**getattr(lab, cell.method), **cell.settings}
+    return round(s.get("steps", 1)*s.get("steps_times", 1))*s.get("prompts_per_step" if cell.method == "grpo" else "batch_size", 1)
+
+def duration(
+    lab:Lab,
+    results, # what finished trainings left
+)->dict: # method -> (seconds of tests, seconds a visit), medians; {} where nothing is known
+    "How long trainings took here"
+    out = {}
+    for method in ("grpo", "sft"):
+        some = [(sum(t["seconds"] for t in r["tests"].values()), r) for r in results if r["cell"]["kind"] == "train" and r["cell"]["method"] == method]
+        some = [(t, (r["seconds"] - t)/visits(lab, from_params(Cell, r["cell"]))) for t,r in some]
+        if some: out[method] = tuple(float(v) for v in np.median(some, axis=0))
+    return out
+
+# %% ../nbs/64_experiments.ipynb #89860304
 def save_cells(
     out, # folder of the program
     keep, # .tar.gz to write
@@ -542,11 +567,13 @@ def run_cells(
     (out/"cells").mkdir(parents=True, exist_ok=True); (out/"failed").mkdir(exist_ok=True)
     there = lambda c: (out/"cells"/f"{c.name}.json").exists() and (c.kind != "base" or (out/"bases"/c.base).is_dir())
     done, taken, saved, crew = {c.name for c in cells if there(c)}, set(), t0, Crew(workers, lab, out)
+    known, now = duration(lab, [json.loads((out/"cells"/f"{c.name}.json").read_text()) for c in cells if c.name in done and c.kind == "train"]), 0.
+    fits = lambda c: c.kind != "train" or c.method not in known or now + known[c.method][0] + known[c.method][1]*visits(lab, c) < deadline_s + grace_s
     say = lambda **row: (out/"log.jsonl").open("a").write(json.dumps(dict(s=round(time.monotonic() - t0, 1), **row)) + "\n")
     try:
         while True:
             now = time.monotonic() - t0
-            while now < deadline_s and len(crew.busy) < workers and (cell := next_cell(cells, done, taken)) and crew.give(cell): taken.add(cell.name)
+            while now < deadline_s and len(crew.busy) < workers and (cell := next_cell(cells, done, taken, fits)) and crew.give(cell): taken.add(cell.name)
             if not crew.busy or now > deadline_s + grace_s: break
             for cell,error in crew.hear(5.):
                 if error: write_atomic(out/"failed"/f"{cell.name}.txt", error)
@@ -593,7 +620,7 @@ def train_cells(
                 out += [*need, replace(c, needs=tuple(n.name for n in need) + (("choice",) if lab.lrs and "lr" not in c.settings else ()))]
     return out
 
-# %% ../nbs/64_experiments.ipynb #994ed4a8
+# %% ../nbs/64_experiments.ipynb #d613ae94
 def base(lab:Lab, seeds=(), bases=())->list:
     "Bases of other recipes, trained here"
     return [Cell(name=f"base-{b}", kind="base", base=b) for b in bases or lab.recipes]
@@ -608,6 +635,7 @@ def zero(lab:Lab, seeds=(), bases=(), tests=("val", "test"))->list:
     "The bases as they are"
     return [Cell(name=f"zero-{b}", kind="zero", base=b, tests=tuple(tests)) for b in bases or lab.bases]
 
+# %% ../nbs/64_experiments.ipynb #815bc8c6
 def partial_arms(
     shares=(.5,), # of samples that are partially annotated
     arms=("", "bra", "oracle", "random"), # what is left out: nothing, what BRA flags, what is partial, as many at random; or of WAYS
@@ -630,6 +658,7 @@ def reflection(lab:Lab, seeds=(), bases=(), looks=("",), world="contaminated")->
     "Passes of BRA, in other ways too; nothing is trained"
     return [c for b in bases or lab.bases for o in looks for c in reflect_cells(lab, b, world, look=o)]
 
+# %% ../nbs/64_experiments.ipynb #f3d88403
 def ablation_arms(
     budget:int, # samples
 )->dict: # name -> Cell fields
@@ -652,7 +681,8 @@ def headline_arms(
 )->dict: # name -> Cell fields
     "One point of each curve"
     every = dict(sft=dict(method="sft"), grpo={}, timer1=dict(select="gaussian"), timelens=dict(select="timelens"), variance=dict(select="variance"),
-                 videotg=dict(filter="bra", select="videotg" if budget else "random", curriculum=MASK))
+                 videotg=dict(filter="bra", select="videotg" if budget else "random", curriculum=MASK),
+                 bra=dict(filter="bra"), oracle=dict(filter="oracle"), clean=dict(contamination=0.))
     named = {m: f"grpo-bra-sel-mask-{budget}" if m == "videotg" and budget else f"{m}-{budget or 'all'}" for m in methods}
     return {named[m]: dict(budget=budget, **every[m]) for m in methods}
 
@@ -666,7 +696,7 @@ def headline(lab:Lab, seeds=(0,), bases=(), budgets=(1000,), methods=("sft", "gr
             arms[name] = c if not passes or steps == getattr(lab, method)["steps"] else c | dict(settings=dict(steps=steps))
     return train_cells(lab, arms, seeds, bases, tests=tuple(tests))
 
-# %% ../nbs/64_experiments.ipynb #0df509df
+# %% ../nbs/64_experiments.ipynb #ad95f856
 HINT = MASK | dict(transfer="all")
 ALL = MASK | dict(min_difficulty=0., start=1.)
 MASKS = {"linear": MASK, "full": MASK | dict(start=1.), "symmetric": MASK | dict(window="symmetric"), "wide": MASK | dict(window="wide", start=1.),
@@ -676,16 +706,18 @@ MASKS = {"linear": MASK, "full": MASK | dict(start=1.), "symmetric": MASK | dict
          "hintraw": HINT | dict(transfer_weight="none"), "hintone": MASK | dict(transfer="one"), "hintfull": HINT | dict(start=1.), "hintwide": HINT | dict(start=1., window="wide")}
 STEPS_TIMES = {"dropmore": 1.05} # steps that cost as much with tokens dropped as without: 160 prompts took 1.102 and 1.048 TFLOP
 
-def masking(lab:Lab, seeds=(0,), bases=(), budget=1600, masks=tuple(MASKS), controls=("plain", "rest"), tests=("test",))->list:
-    "Which mask, if any, helps? Clean labels, so that nothing else moves"
-    common, arms = dict(filter="oracle", budget=budget), {}
-    if "plain" in controls: arms[f"mask-none-{budget}"] = {}
-    if "rest" in controls: arms[f"mask-rest-{budget}"] = dict(subset="rest")
-    if "G12" in controls: arms[f"mask-G12-{budget}"] = dict(settings=dict(G=12))
-    arms |= {f"mask-{m}-{budget}": dict(curriculum=MASKS[m], settings=dict(steps_times=STEPS_TIMES[m]) if m in STEPS_TIMES else {}) for m in masks}
-    if "hard" in controls: arms |= {f"mask-{m}-hard-{budget}": dict(subset="hard", curriculum=MASKS.get(m, {})) for m in ("none", "linear", "hint")}
-    return train_cells(lab, {k: common | v for k,v in arms.items()}, seeds, bases, tests=tuple(tests))
+def masking(lab:Lab, seeds=(0,), bases=(), budget=1600, masks=tuple(MASKS), controls=("plain", "rest"), tag="", settings=None, tests=("test",))->list:
+    "Which mask, if any, helps? Clean labels, so that nothing else moves; `tag` names what `settings` change for all arms"
+    end, common, arms = f"{'-' + tag if tag else ''}-{budget}", dict(filter="oracle", budget=budget), {}
+    if "plain" in controls: arms["none"] = {}
+    if "rest" in controls: arms["rest"] = dict(subset="rest")
+    if "G12" in controls: arms["G12"] = dict(settings=dict(G=12))
+    arms |= {m: dict(curriculum=MASKS[m], settings=dict(steps_times=STEPS_TIMES[m]) if m in STEPS_TIMES else {}) for m in masks}
+    if "hard" in controls: arms |= {f"{m}-hard": dict(subset="hard", curriculum=MASKS.get(m, {})) for m in ("none", "linear", "hint")}
+    arms = {f"mask-{k}{end}": common | v | dict(settings={**(settings or {}), **v.get("settings", {})}) for k,v in arms.items()}
+    return train_cells(lab, arms, seeds, bases, tests=tuple(tests))
 
+# %% ../nbs/64_experiments.ipynb #a0ed10d3
 def difficulty(lab:Lab, seeds=(0, 1), bases=(), world="contaminated")->list:
     "Passes of the difficulty agent with several seeds; nothing is trained"
     return [c for seed in seeds for b in bases or lab.bases for c in estimate_cells(lab, b, world, seed)]
@@ -724,16 +756,12 @@ def listing(
 )->list: # of dicts: part, cells, trainings, prompts, left; what an earlier part has is not counted again
     "How much each part of a program is"
     out, seen = [], {}
-    per = lambda c: ({**getattr(lab, c.method), **c.settings}, "prompts_per_step" if c.method == "grpo" else "batch_size")
-    def prompts(c):
-        s, key = per(c)
-        return round(s.get("steps", 1)*s.get("steps_times", 1))*s.get(key, 1)
     for i,p in enumerate(parts):
         new = [c for c in program(lab, parts[:i + 1]) if c.name not in seen]
         seen |= dict.fromkeys(c.name for c in new)
         train = [c for c in new if c.kind == "train"]
         words = " ".join(f"{k}={','.join(map(str, v)) if isinstance(v, (list, tuple)) else v}" for k,v in p.items() if k not in ("experiment", "tests"))
-        out.append(dict(part=f"{p['experiment']} {words}".strip(), cells=len(new), trainings=len(train), prompts=sum(map(prompts, train)), left=sum(c.name not in done for c in new)))
+        out.append(dict(part=f"{p['experiment']} {words}".strip(), cells=len(new), trainings=len(train), prompts=sum(visits(lab, c) for c in train), left=sum(c.name not in done for c in new)))
     return out
 
 # %% ../nbs/64_experiments.ipynb #9ec4316a

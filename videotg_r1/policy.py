@@ -6,15 +6,16 @@
 __all__ = ['FAMILIES', 'VISION_TOKENS', 'SPECIAL_TOKENS', 'TAGS', 'CHAT_TEMPLATE', 'WORDS', 'CHUNKED', 'TEST_CORPUS',
            'VIDEO_MARK', 'PixelSpec', 'patch_grid', 'to_patches', 'video_positions', 'unwrap', 'Family',
            'never_sampled', 'end_ids', 'Policy', 'frame_spec', 'train_tokenizer', 'build_config', 'build_policy',
-           'chunk_attention', 'even_chunks', 'uneven_chunks', 'MatmulPatches', 'FeatureTower', 'WideMLP',
+           'chunk_attention', 'even_chunks', 'uneven_chunks', 'MatmulPatches', 'tower_plan', 'FeatureTower', 'WideMLP',
            'fast_classes', 'prepare', 'random_policy', 'Encoded', 'chat_parts', 'video_pieces', 'encode',
-           'video_inputs', 'collate', 'FeatureCache', 'pair_keys', 'tower_pass', 'see', 'no_bars', 'save_policy',
-           'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
+           'video_inputs', 'collate', 'FeatureCache', 'FeatureStore', 'pair_keys', 'tower_pass', 'see', 'no_bars',
+           'save_policy', 'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
 
-# %% ../nbs/30_policy.ipynb #3abc33dc
+# %% ../nbs/30_policy.ipynb #9ccd569a
 import itertools
 import json
 import re
+import sqlite3
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -124,7 +125,7 @@ def end_ids(
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return tuple(dict.fromkeys([*([ids] if isinstance(ids, int) else ids or ()), tokenizer.eos_token_id]))
 
-# %% ../nbs/30_policy.ipynb #eda94df4
+# %% ../nbs/30_policy.ipynb #f1a1d5b5
 @dataclass
 class Policy:
     "A video language model, its tokenizer, and what is needed to feed it"
@@ -180,14 +181,18 @@ class Policy:
         "What the vision tower made of frames lately, see `see`"
         return FeatureCache()
 
-    def banned(self, device): # [V] bool
-        "True at the same ids, made once for each device"
-        held = self.__dict__.setdefault("_banned", {})
-        if device not in held:
-            mask = torch.zeros(self.config.text_config.vocab_size, dtype=torch.bool)
-            mask[self.suppressed_ids] = True
-            held[device] = mask.to(device)
-        return held[device]
+# %% ../nbs/30_policy.ipynb #1d3fb372
+@patch
+def banned(self:Policy,
+    device, # where the mask is wanted
+): # [V] bool
+    "True at ids that are never sampled, made once for each device"
+    held = self.__dict__.setdefault("_banned", {})
+    if device not in held:
+        mask = torch.zeros(self.config.text_config.vocab_size, dtype=torch.bool)
+        mask[self.suppressed_ids] = True
+        held[device] = mask.to(device)
+    return held[device]
 
 # %% ../nbs/30_policy.ipynb #f0b7575e
 @patch(as_prop=True)
@@ -336,13 +341,38 @@ class MatmulPatches:
         w = self.proj.weight
         return F.linear(hidden_states.to(w.dtype).reshape(-1, w[0].numel()), w.flatten(1), self.proj.bias)
 
-# %% ../nbs/30_policy.ipynb #27d4d1b2
+# %% ../nbs/30_policy.ipynb #4c31d51b
+def tower_plan(
+    tower,  # transformers' vision tower
+    grids,  # list of [pairs, patches down, patches across]
+    device, # where the tower is
+): # dict of what the tower would derive from the grids
+    "Windows and positions of patches"
+    from transformers import vision_utils as own
+    g, merge = torch.tensor(grids), tower.spatial_merge_size
+    cu = own.get_vision_cu_seqlens(g)
+    plan = dict(position_ids=own.get_vision_position_ids(g, merge), cu_seqlens=cu, max_seqlen=int(cu.diff().max()))
+    if hasattr(tower, "window_size"):
+        where, cu = own.get_vision_window_index(g, spatial_merge_size=merge, window_size=tower.window_size, patch_size=tower.patch_size)
+        plan |= dict(window_index=where, cu_window_seqlens=cu, max_window_seqlen=int(cu.diff().max()))
+    else:
+        at, share = own.get_vision_interpolation_indices_and_weights(g, num_grid_per_side=tower.num_grid_per_side, mode=tower.interpolation_mode,
+            align_corners=tower.interpolation_align_corners, spatial_merge_size=merge)
+        plan |= dict(interp_indices=at, interp_weights=share)
+    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in plan.items()}
+
+# %% ../nbs/30_policy.ipynb #5d0fbd90
 class FeatureTower:
     "Mixin: a vision tower that takes its own features in place of patches"
     def forward(self, hidden_states, grid_thw, **kwargs):
         "Features of patches; features pass through"
-        if len(hidden_states)*self.spatial_merge_size**2 != int(grid_thw.prod(-1).sum()):
-            return super().forward(hidden_states, grid_thw, **kwargs)
+        grids, device = grid_thw.tolist(), hidden_states.device
+        if len(hidden_states)*self.spatial_merge_size**2 != sum(t*h*w for t, h, w in grids):
+            held = self.__dict__.setdefault("_plans", OrderedDict())            # the last few; a frozen tower sees the same grid again and again
+            key = str(device), *map(tuple, grids)
+            if key not in held: held[key] = tower_plan(self, grids, device)
+            while len(held) > 8: held.popitem(last=False)
+            return super().forward(hidden_states, grid_thw, **held[key], **kwargs)
         from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
         first, *deep = hidden_states.chunk(1 + len(getattr(self, "deepstack_visual_indexes", ())), -1)
         return BaseModelOutputWithDeepstackFeatures(pooler_output=first, deepstack_features=deep)
@@ -519,21 +549,24 @@ def collate(
              "position_ids": torch.stack([pad(e.position_ids, len(e), 0) for e in rows], 1)}
     return {k: v.to(policy.device) for k, v in batch.items()} | video_inputs(policy, rows)
 
-# %% ../nbs/30_policy.ipynb #cf0ef9a5
+# %% ../nbs/30_policy.ipynb #f1435bb7
 class FeatureCache:
     "Features of pairs of frames, forgotten when the tower's weights change"
     def __init__(self,
         max_bytes=1 << 29, # bound on their total size, where the model is
+        store=None, # FeatureStore, asked for what is not held while the tower is frozen
     ):
         if max_bytes <= 0: raise ValueError(f"FeatureCache.max_bytes must be above 0, got {max_bytes}")
-        self.max_bytes, self.bytes, self.hits, self.misses, self.tower, self.held = max_bytes, 0, 0, 0, None, OrderedDict()
+        self.store, self.max_bytes, self.bytes, self.hits, self.misses, self.tower, self.held = store, max_bytes, 0, 0, 0, None, OrderedDict()
 
     def __repr__(self): return f"FeatureCache({len(self.held)} pairs, {self.bytes/2**20:.1f} MiB, {self.hits} hits, {self.misses} misses)"
 
     def of(self, tower):
         "This cache, empty if the tower is not the one it was filled by"
         now = tuple((id(p), p._version, p.data_ptr(), p.dtype) for p in tower.parameters())
-        if now != self.tower: self.tower, self.bytes, self.held = now, 0, OrderedDict()
+        if now != self.tower:
+            self.tower, self.bytes, self.held = now, 0, OrderedDict()
+            if self.store: self.store.of(None if any(p.requires_grad for p in tower.parameters()) else tower)
         return self
 
     def get(self, key):
@@ -548,7 +581,72 @@ class FeatureCache:
         self.held[key], self.bytes = value, self.bytes + value.nbytes
         while self.bytes > self.max_bytes: self.bytes -= self.held.popitem(last=False)[1].nbytes
 
-# %% ../nbs/30_policy.ipynb #d6e25d1c
+# %% ../nbs/30_policy.ipynb #49387917
+class FeatureStore:
+    "Features of pairs of frames on disk, least recently used out first"
+    def __init__(self,
+        folder, # of `features.sqlite`, on a disk of this machine; made if absent
+        max_bytes=8 << 30, # bound on their total size
+    ):
+        if max_bytes <= 0: raise ValueError(f"FeatureStore.max_bytes must be above 0, got {max_bytes}")
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.max_bytes, self.tower = max_bytes, None
+        self.base = sqlite3.connect(Path(folder)/"features.sqlite", timeout=60., check_same_thread=False)
+        self.base.executescript("""pragma journal_mode = wal; pragma synchronous = normal;
+            create table if not exists pairs (key blob primary key, used integer, size integer, value blob);
+            create index if not exists by_use on pairs (used, size)""")
+
+    def of(self, tower):
+        "This store for a frozen tower; None: for one that is trained, of which nothing is kept"
+        self.tower = None if tower is None else sha256(f"{tower.config.to_json_string()} {tower.device.type}".encode())
+        for name, w in () if tower is None else tower.named_parameters():
+            self.tower.update(f"{name} {w.dtype}".encode())
+            self.tower.update(w.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return self
+
+    def name(self, key): # bytes
+        "Key of a pair under this tower"
+        found = self.tower.copy()
+        found.update(repr(key).encode())
+        return found.digest()
+
+    def turn(self): # int
+        "A number above those of all earlier uses, so no clock is asked"
+        return self.base.execute("select coalesce(max(used), 0) + 1 from pairs").fetchone()[0]
+
+# %% ../nbs/30_policy.ipynb #9312b0e3
+@patch
+def get(self:FeatureStore,
+    keys, # of `pair_keys`
+    device, # where features are wanted
+): # {key: features} of those that are here
+    "Features from disk"
+    from safetensors.torch import load
+    if self.tower is None: return {}
+    with self.base:
+        rows = {k: self.base.execute("select value from pairs where key = ?", (self.name(k),)).fetchone() for k in keys}
+        found = {k: load(row[0])["features"].to(device) for k, row in rows.items() if row}
+        now = self.turn()
+        self.base.executemany("update pairs set used = ? where key = ?", [(now, self.name(k)) for k in found])
+    return found
+
+@patch
+def put(self:FeatureStore,
+    found, # {key: features}
+):
+    "Keep features on disk"
+    from safetensors.torch import save
+    if self.tower is None or not found: return
+    values = [(self.name(k), save({"features": f.cpu()})) for k, f in found.items()]
+    with self.base:
+        now = self.turn()
+        self.base.executemany("insert or replace into pairs values (?, ?, ?, ?)", [(name, now, len(v), v) for name, v in values])
+        over = self.base.execute("select coalesce(sum(size), 0) from pairs").fetchone()[0] - self.max_bytes
+        for key, size in self.base.execute("select key, size from pairs order by used").fetchall() if over > 0 else ():
+            if over <= 0: break
+            self.base.execute("delete from pairs where key = ?", (key,)); over -= size
+
+# %% ../nbs/30_policy.ipynb #f886bfbf
 def pair_keys(
     encodeds, # list of Encoded
 ): # for each a list of keys, one for each pair
@@ -568,12 +666,14 @@ def tower_pass(
 ): # [n,tokens,D] features, deepstack beside them
     "Take pairs of frames through the vision tower"
     tower, blank = unwrap(policy.model).model.visual, [torch.zeros_like(pairs[0])]*(width - len(pairs))
-    x, grid = to_patches(torch.cat([*pairs, *blank]).to(policy.device), policy.processor)
-    out = tower(x.to(tower.dtype), grid_thw=torch.tensor([grid], device=x.device))
+    n, *size = pairs[0].shape
+    x = torch.empty(n*width, *size, dtype=torch.uint8, pin_memory=policy.device.type == "cuda")      # from there a GPU fetches by itself
+    x, grid = to_patches(torch.cat([*pairs, *blank], out=x).to(policy.device, non_blocking=True), policy.processor)
+    out = tower(x.to(tower.dtype), grid_thw=torch.tensor([grid]))
     rows = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or ())], -1)
     return rows.view(width, -1, rows.shape[-1])[:len(pairs)]
 
-# %% ../nbs/30_policy.ipynb #3d682820
+# %% ../nbs/30_policy.ipynb #40fa4aaf
 def see(
     policy,     # Policy whose tower stays as it is while the features are used
     encodeds,   # list of Encoded
@@ -587,6 +687,8 @@ def see(
         for k, o in zip(ks, e.frames.split(n), strict=True): pair_of.setdefault(k, o)
     for k in pair_of:
         if (f := cache.get(k)) is not None: known[k] = f
+    if cache.store:
+        for k, f in cache.store.get([k for k in pair_of if k not in known], policy.device).items(): known[k] = f; cache.put(k, f)
     new = sorted((k for k in pair_of if k not in known), key=lambda key: key[:2])
     with torch.no_grad():
         for _, same in itertools.groupby(new, key=lambda key: key[:2]):
@@ -595,6 +697,7 @@ def see(
             for part in (same[i:i + size] for i in range(0, len(same), size)):
                 for k, f in zip(part, tower_pass(policy, [pair_of[k] for k in part], size), strict=True):
                     known[k] = f.clone(); cache.put(k, known[k])
+    if cache.store: cache.store.put({k: known[k] for k in new})
     return [replace(e, features=torch.cat([known[k] for k in ks])) for e, ks in zip(encodeds, keys, strict=True)], len(new)
 
 # %% ../nbs/30_policy.ipynb #5324693f

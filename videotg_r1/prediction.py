@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED', 'TEXT_TOKENS', 'ANSWER_TOKENS', 'CARDS', 'RATES', 'ModelSize', 'size_of', 'published', 'Load', 'load_of',
-           'Card', 'Rates', 'card_of', 'read_s', 'write_s', 'learn_s', 'Training', 'training_gb', 'agent_gb', 'step_s',
-           'what_fits', 'agent_s', 'recipe']
+           'Card', 'Rates', 'card_of', 'read_s', 'write_s', 'learn_s', 'Training', 'trained_of', 'training_gb',
+           'agent_gb', 'update_s', 'step_s', 'what_fits', 'agent_s', 'recipe', 'expected']
 
 # %% ../nbs/35_prediction.ipynb #cf2a2531
 from dataclasses import dataclass, replace
@@ -114,7 +114,7 @@ def load_of(
     pair = h*w//size.patch**2
     return Load(n, h, w, n//2*pair//size.merge**2 + TEXT_TOKENS, n//2*pair, pair)
 
-# %% ../nbs/35_prediction.ipynb #9e319ce6
+# %% ../nbs/35_prediction.ipynb #f9ca94e8
 @dataclass(frozen=True)
 class Card:
     "Ceilings of a GPU"
@@ -130,14 +130,18 @@ CARDS = { # H100: measured; the others: data sheets, lowered by what the H100 re
 @dataclass(frozen=True)
 class Rates:
     "What is measured of the work itself"
-    read: float=.65 # share of `Card.flops` while prompts are read: 30 ms at the ceiling, 46 ms measured (3B, 8 prompts)
-    learn: float=.9 # share while learning, forward and backward, beside
-    part_s: float=.12 # what launching one part of a step costs: together 250 ms for 116 at the ceiling (3B), 388 for 243 (7B)
-    step_s: float=1.6e-3 # of one token for all answers in flight, beside reading the weights: 3.76 - 2.1 ms (3B), 6.31 - 4.8 ms (7B)
+    read: float=.6 # share of `Card.flops` while prompts are read: 32 prompts with their videos in 1.76 s, 1.0 at the ceiling (3B)
+    learn: float=.57 # share while learning, forward and backward: 857 ms for four prompts, 478 at the ceiling (3B)
+    part_s: float=0. # of every part of a step, beside
+    step_s: float=2.4e-3 # of one token for all answers in flight, beside reading weights and keys: 6.7 - 3.3 ms (32 x 8), less for few
+    least_s: float=.264 # of learning from one part, however small: that long the host takes to launch it (3B, one prompt after the other)
+    adapters_s: float=.95 # of every part, where adapters are trained: fitted to one measured step (Qwen3-VL-8B)
+    update_bytes: float=100. # of memory moved for each trained parameter in a step
+    bus: float=3e11 # bytes/s that GPUs of one machine add up gradients at (all-reduce, bus bandwidth)
     decode_s: float=2.07/60 # core seconds for each second of a 640x360 video
     cached_s: float=.002 # to load a clip from the frame cache
-    load_s: float=60. # to start a stage and load a model
-    source: str="one H100, prototype of the engine, batched and compiled; loading a model: not measured, a minute is allowed"
+    load_s: float=35. # to start a stage, load a model and get its first batch done: 24 to 35 s (3B), 52 s (8B)
+    source: str="one H100 and one H200, random weights; with adapters fitted to a single step"
 
 RATES = Rates()
 
@@ -147,7 +151,7 @@ def card_of(
     "Ceilings of a card by its name"
     return next((c for k, c in CARDS.items() if k in name), CARDS["A100"])
 
-# %% ../nbs/35_prediction.ipynb #e1910b94
+# %% ../nbs/35_prediction.ipynb #8d2f20ed
 def read_s(
     size:ModelSize, # of the model
     load:Load, # of a video
@@ -180,12 +184,13 @@ def learn_s(
     checkpointing:bool=False, # activations are computed twice
     vision:bool=False, # the tower is trained
     rates:Rates=RATES, # what was measured
+    adapters:bool=False, # they are trained
 )->float: # seconds
     "One part of a learning step"
     cost = flops(size.shape, load.tokens, [tokens]*G, load.patches, load.frame_patches, True, checkpointing, vision)
-    return prompts*cost/card.flops/rates.learn + rates.part_s
+    return max(prompts*cost/card.flops/rates.learn, rates.least_s) + rates.part_s + adapters*rates.adapters_s
 
-# %% ../nbs/35_prediction.ipynb #3150dae6
+# %% ../nbs/35_prediction.ipynb #4fae8ec3
 @dataclass(frozen=True)
 class Training:
     "What the memory and the time of a training step depend on"
@@ -202,6 +207,13 @@ class Training:
     sharded: bool=False # weights cut up over the GPUs
     gpus: int=1 # that work together
 
+def trained_of(
+    size:ModelSize, # of the model
+    t:Training, # how
+)->int: # parameters
+    "What the optimizer moves"
+    return size.adapters(t.lora_r) if t.lora_r else size.total - (size.shape.vision_params + size.shape.merger_params if t.freeze_vision else 0)
+
 def training_gb(
     size:ModelSize, # of the model
     load:Load, # of the longest video
@@ -210,18 +222,18 @@ def training_gb(
     "Memory of a training step on each GPU"
     s, each = size.shape, max(t.prompts/t.gpus, 1)
     part = max(t.prompts/t.gpus/t.grad_accum, 1/t.G) # prompts whose answers are scored at once
-    trained = size.adapters(t.lora_r) if t.lora_r else size.total - (s.vision_params + s.merger_params if t.freeze_vision else 0)
-    shards = t.gpus if t.sharded else 1
-    held = 2*size.total + 4*trained/shards if t.sharded else 2*size.total if t.lora_r else 2*(size.total - trained) + 4*trained
+    trained = trained_of(size, t)
+    shards = t.gpus if t.sharded else 1 # beside the copies in 32 bits, those in 16 bits that prompts are read with
+    held = 2*size.total + 4*trained/shards if t.sharded else 2*size.total if t.lora_r else 2*size.total + 4*trained
     tokens = part*(load.tokens + t.G*t.longest) if part >= 1 else load.tokens + part*t.G*t.longest
     layer = 2*(6*size.hidden + 2*size.kv_width + 4*size.ff) + 8*size.hidden
     acts = tokens*(4*size.hidden*s.layers + layer if t.gradient_checkpointing else layer*s.layers)
     if not (t.freeze_vision or t.lora_r): acts += max(part, 1)*load.patches*s.vision_width*(4*s.vision_layers + 40 if t.gradient_checkpointing else 40*s.vision_layers)
     kv = each*(load.tokens + t.G*t.longest)*size.kv_bytes if t.method == "grpo" else 0
     return dict(weights=held/1e9 + (2*size.total/1e9 if t.beta and not t.lora_r else 0), optimizer=12*trained/shards/1e9, activations=acts/1e9,
-                kv=kv/1e9, other=2.)
+                kv=kv/1e9, other=4.)
 
-# %% ../nbs/35_prediction.ipynb #c0439fb4
+# %% ../nbs/35_prediction.ipynb #5c272af9
 def agent_gb(
     size:ModelSize, # of the model
     load:Load, # of the longest video
@@ -234,6 +246,16 @@ def agent_gb(
     acts = prompts*load.tokens*2*(4*size.hidden + 3*size.ff) + load.patches*2*(4*s.vision_width + 3*3456)
     return dict(weights=2*size.total/1e9, kv=kv/1e9, activations=acts/1e9, other=2.)
 
+def update_s(
+    size:ModelSize, # of the model
+    t:Training, # how
+    card:Card, # each of the GPUs
+    rates:Rates=RATES, # what was measured
+)->float: # seconds
+    "What each step costs beside prompts: AdamW and the 16-bit copies of its weights, and gradients sent to the other GPUs"
+    n = trained_of(size, t)
+    return n*rates.update_bytes/(t.gpus if t.sharded else 1)/card.bytes + (4*n*2*(t.gpus - 1)/t.gpus/rates.bus if t.gpus > 1 else 0)
+
 def step_s(
     size:ModelSize, # of the model
     load:Load, # of a video
@@ -243,9 +265,10 @@ def step_s(
 )->float: # seconds; several GPUs are taken to share the prompts without loss, which is not measured
     "One optimizer step"
     each = t.prompts/t.gpus
-    learn = t.grad_accum*learn_s(size, load, card, each/t.grad_accum, t.G, t.tokens, t.gradient_checkpointing, not (t.freeze_vision or t.lora_r), rates)
-    if t.method == "sft": return learn
-    return each*read_s(size, load, card, rates) + write_s(size, load, card, max(1, round(each)), t.G, t.tokens, rates) + learn
+    update = update_s(size, t, card, rates)
+    learn = t.grad_accum*learn_s(size, load, card, each/t.grad_accum, t.G, t.tokens, t.gradient_checkpointing, not (t.freeze_vision or t.lora_r), rates, bool(t.lora_r))
+    if t.method == "sft": return learn + update
+    return each*read_s(size, load, card, rates) + write_s(size, load, card, max(1, round(each)), t.G, t.tokens, rates) + learn + update
 
 # %% ../nbs/35_prediction.ipynb #9e2565fd
 def what_fits(
@@ -275,7 +298,7 @@ def what_fits(
         return ", ".join([*said, "train adapters: lora_r: 64, freeze_vision: true"])
     return "nothing here: take more or larger GPUs (params/accelerate/fsdp2.yaml), or a smaller model"
 
-# %% ../nbs/35_prediction.ipynb #9687f9bc
+# %% ../nbs/35_prediction.ipynb #f86236b4
 def agent_s(
     stage:str, # reflect, estimate or evaluate
     size:ModelSize, # of the model
@@ -285,10 +308,15 @@ def agent_s(
     verified:int=3, # reflect: proposals that are looked at again, at most
     batch:int=16, # prompts in flight together
     rates:Rates=RATES, # what was measured
+    queries:float=1., # about each video: they share the reading of it
+    tokens:int=ANSWER_TOKENS, # of an answer
 )->float: # seconds for a sample, at most
     "An agent's questions about one sample"
-    passes = dict(reflect=2 + verified, estimate=1, evaluate=1)[stage]
-    return passes*read_s(size, load, card, rates) + (write_s(size, load, card, batch, k, rates=rates)/batch if k else 0)
+    sharing, cost = min(max(queries, 1), batch), lambda n: flops(size.shape, n, (), 0, 0)/card.flops/rates.read
+    whole, words, rest = read_s(size, load, card, rates), cost(TEXT_TOKENS), cost(load.tokens)
+    if stage == "reflect": read = (whole - rest)/sharing + (2 + verified)*rest # the tower sees each frame once; what is blanked is read for each query
+    else: read = words + (whole - words)/sharing # the question behind a video that has been read
+    return read + (write_s(size, load, card, batch, k, tokens, rates)/batch if k else 0)
 
 def recipe(
     size:ModelSize, # of the model
@@ -308,3 +336,15 @@ def recipe(
     total = sum(hours.values())
     return dict(gpus=gpus, **{k: round(v, 1) for k, v in hours.items()}, hours=round(total, 1), gpu_hours=round(total*gpus),
                 decode_core_hours=round(samples*duration_s*RATES.decode_s/3600), cache_tb=round(samples*load.cache_bytes/1e12, 2))
+
+# %% ../nbs/35_prediction.ipynb #c6055faa
+def expected(
+    row:dict, # of `tests/scaling.py`: what, shape, card, gpus, tokens, and prompts, G, parts, lora_r, checkpointing or k, queries
+    load:Load, # of its videos
+    size:ModelSize, # of its model
+)->float: # seconds of a step, or of a sample
+    "What should have been measured"
+    card = CARDS[row["card"]]
+    if row["what"] != "grpo": return agent_s(row["what"], size, load, card, row["k"], queries=row.get("queries", 1), tokens=row["tokens"])/row["gpus"]
+    return step_s(size, load, Training(prompts=row["prompts"], G=row["G"], grad_accum=row["parts"], lora_r=row["lora_r"], freeze_vision=True, gpus=row["gpus"],
+        gradient_checkpointing=row["checkpointing"], tokens=row["tokens"], longest=row["tokens"], sharded="fsdp" in row["launch"]), card)

@@ -77,8 +77,8 @@ def check_data(
     sizes |= dict(videos=len(seconds), mean_s=sum(seconds.values())/len(seconds), longest_s=max(seconds.values()))
     return found, sizes, [o for c in checked for o in unusable(c)]
 
-# %% ../nbs/81_preflight.ipynb #ce2e4a2f
-CPU, CPU_RATES = Card(7e10, 1e10, 0), Rates(1., .72, .05, .004, load_s=10., source="the quick start on idle CPU cores, one a stage")
+# %% ../nbs/81_preflight.ipynb #67971d79
+CPU, CPU_RATES = Card(7e10, 1e10, 0), Rates(1., .72, .05, .004, least_s=0., adapters_s=0., update_bytes=0., load_s=10., source="the quick start on idle CPU cores, one a stage")
 
 def told_by(
     name:str, # tiny, random-<family>, a folder, or a hub id
@@ -126,7 +126,7 @@ def variants_of(
     method = lambda v: v.get("method", "grpo")
     return [(training_of(p | dict(method=method(v)), gpus, v.get("settings")), (p[method(v)] | v.get("settings", {})).get("steps", 100)) for v in p["variants"].values()]
 
-# %% ../nbs/81_preflight.ipynb #56269e20
+# %% ../nbs/81_preflight.ipynb #91a62aa3
 @dataclass(frozen=True)
 class Outlook:
     "What a stage is predicted to need"
@@ -152,7 +152,8 @@ def outlook(
     n, runs = gpus if p.get("runner", "in_process") != "in_process" else 1, variants_of(job, gpus)
     k = dict(reflect=s.get("k", 4), estimate=s.get("k", 8)).get(job.stage, 1)
     need = agent_gb(size, longest, 16, k, s.get("max_new_tokens", 64))
-    ask = lambda stage, m: m*agent_s(stage, size, mean, card, k, s.get("max_proposals", 3), rates=rates)/n
+    queries = (sizes["train"] + sizes["heldout"])/max(sizes["videos"], 1)
+    ask = lambda stage, m: m*agent_s(stage, size, mean, card, k, s.get("max_proposals", 3), rates=rates, queries=queries)/n
     if not runs:
         samples = sizes["heldout"] if job.stage == "evaluate" else sizes["train"] + (s.get("calibrate_n", 200)*2/5 if job.stage == "reflect" else 0)
         return Outlook(job.name, ask(job.stage, p.get("max_samples") or samples) + rates.load_s, n, sum(need.values()), words(need), "" if
@@ -200,7 +201,7 @@ def price(
     "What a run will cost, in the unit that is paid for"
     return Finding("note", "cost", f"you are about to spend about {seconds/3600:.{0 if seconds > 36000 else 1}f} GPU-hours ({card})")
 
-# %% ../nbs/81_preflight.ipynb #7aa5d6bd
+# %% ../nbs/81_preflight.ipynb #e6352aa0
 def estimates(
     jobs, # of Job, parameters resolved
     sizes:dict, # of `check_data`
@@ -230,7 +231,7 @@ def estimates(
     rates = CPU_RATES if cpu and not lost else RATES
     return out + [Finding("note", "time", f"about {duration_text(sum(o.seconds for o in found))} for {len(found)} stages with a model, {sizes['train']} training and {sizes['heldout']} "
                           f"held-out samples of {sizes['mean_s']:.0f} s, one stage after the other: a prediction from measured rates ({rates.source})"
-                          + ("; several GPUs are taken to share the work without loss, which is not measured" if any(o.gpus > 1 for o in found) else ""))]
+                          + ("; several GPUs are taken to lose only what sending gradients costs (measured on two)" if any(o.gpus > 1 for o in found) else ""))]
 
 # %% ../nbs/81_preflight.ipynb #e809aa3e
 def disk_need(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGENTS', 'ERROR', 'Follower', 'Ranks', 'Absent', 'Opening', 'packed', 'unpacked', 'Actor', 'warm', 'ray_cluster',
            'RayPool', 'AgentJob', 'conclude', 'run_agent', 'gpu_count', 'complaint', 'launch', 'own_device',
-           'agent_rank', 'TrainJob', 'train_here', 'run_training', 'main']
+           'agent_rank', 'TrainJob', 'train_here', 'processes_of', 'run_training', 'main']
 
 # %% ../nbs/63_runners.ipynb #aaad91e4
 import json
@@ -341,7 +341,7 @@ def agent_rank(
         conclude(job, Ranks(policy, read, dist.get_rank(), dist.get_world_size(), dist.barrier), policy, spec)
     finally: dist.destroy_process_group()
 
-# %% ../nbs/63_runners.ipynb #f17c6889
+# %% ../nbs/63_runners.ipynb #4c4d41be
 @settings
 class TrainJob:
     "One training run"
@@ -359,7 +359,7 @@ class TrainJob:
     cache_dir: str = "" # of decoded frames; empty decodes each time
     accept: list = field(default_factory=list) # parameters that may differ from what an unfinished run began with
     launch: str = "" # accelerate config file; empty: this process alone
-    processes: int = 0 # instead of the file's num_processes; 0: as it says
+    processes: int = 0 # instead of the file's num_processes; 0: as it says, but no more than this machine has GPUs
 
 def train_here(
     job:TrainJob, # what to train
@@ -370,6 +370,18 @@ def train_here(
     return fit(job.method, policy, read_pool(job.samples, job.pools_dir, job.pool), job.settings, job.path, job.curriculum,
                job.difficulties, spec, open_cache(job.cache_dir), job.accept)
 
+# %% ../nbs/63_runners.ipynb #d8fa2dfd
+def processes_of(
+    config, # accelerate config file
+    asked:int, # number of processes; 0: as the file says
+)->list: # arguments of `accelerate launch`; empty where the file is right
+    "How many processes train: as asked, or as the file says as far as one machine has GPUs for them"
+    import yaml
+    says, here = yaml.safe_load(Path(config).read_text()), gpu_count()
+    if not asked and here and says.get("num_machines", 1) == 1 and says.get("num_processes", 1) > here: asked = here
+    return ["--num_processes", str(asked)] if asked else []
+
+# %% ../nbs/63_runners.ipynb #a5bcd206
 def run_training(
     job:TrainJob, # what to train, and with how many processes
 )->dict: # as of `fit`
@@ -378,7 +390,7 @@ def run_training(
     config = repo_path(job.launch)
     if not config.is_file(): raise ValueError(f"TrainJob.launch: no accelerate config {job.launch}: params/accelerate holds some, `accelerate config` writes others")
     starter = ["accelerate.commands.launch", "--config_file", str(config)]
-    launch("train", job, starter + (["--num_processes", str(job.processes)] if job.processes else []))
+    launch("train", job, starter + processes_of(config, job.processes))
     final = Path(job.path)/"final"
     return sealed(final) | dict(final=str(final), history=str(Path(job.path)/"history.jsonl"))
 

@@ -116,7 +116,7 @@ def with_answer(
                    position_ids=torch.cat([encoded.position_ids, more.expand(3, -1)], 1))
     return full, torch.cat([torch.full((n,), -100), ids])
 
-# %% ../nbs/50_sft.ipynb #6cea0cb0
+# %% ../nbs/50_sft.ipynb #daf38dd1
 class Collator:
     "Rows of qids to a batch"
     def __init__(self,
@@ -132,7 +132,7 @@ class Collator:
         ids = tok(target_text(s, self.cfg.digits), add_special_tokens=False).input_ids + [tok.eos_token_id]
         check_context(p, s.qid, len(enc), len(ids))
         cost = dict(samples=1, unreadable=int(s.qid != qid), prompt_tokens=len(enc), visual_tokens=enc.n_video_tokens, target_tokens=len(ids),
-                    flops=float(flops(self.shape, len(enc), [len(ids)], len(enc.pixel_values), int(enc.grid_thw[0][1:].prod()),
+                    flops=float(flops(self.shape, len(enc), [len(ids)], enc.n_patches, int(enc.grid_thw[0][1:].prod()),
                                       train=True, checkpointing=self.cfg.gradient_checkpointing,
                                       vision_trained=not self.cfg.freeze_vision)))
         return (*with_answer(enc, ids), cost)

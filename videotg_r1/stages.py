@@ -302,7 +302,7 @@ def die_with_parent()->None: # asks the kernel of Linux for SIGKILL when the par
     "Called in a child between fork and exec"
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL) # 1 is PR_SET_PDEATHSIG
 
-# %% ../nbs/80_stages.ipynb #91654092
+# %% ../nbs/80_stages.ipynb #2e609c66
 class Growth:
     "How much a run folder holds, reading only what was added since the last look"
     def __init__(self,
@@ -319,12 +319,15 @@ class Growth:
         self.bytes = total
         return tuple(self.rows.items()), total
     def count(self, path, size):
-        "Lines of a file that only grows, or was cut"
+        "Lines of a file that only grows, or was cut and then grew, as the history of a training that goes on"
         offset, name = self.seen.get(path, 0), str(path.relative_to(self.run_dir))
-        if size < offset: offset, self.rows[name] = 0, 0
         with open(path, "rb") as f:
-            f.seek(offset)
+            f.seek(max(offset - 1, 0))
             data = f.read()
+            if offset and (size < offset or not data.startswith(b"\n")): # not where a line ended: read it anew
+                f.seek(0)
+                data, offset, self.rows[name] = f.read(), 0, 0
+            elif offset: data = data[1:]
         self.rows[name] = self.rows.get(name, 0) + data.count(b"\n")
         self.seen[path] = offset + len(data)
         if path.name == "history.jsonl" and data.endswith(b"}\n"): self.last = {k: v for k,v in json.loads(data.splitlines()[-1]).items() if k != "_crc"}
@@ -816,13 +819,16 @@ def make_job(
     params |= {k: run_folder(root, run, source) + file for k,(source, file) in reads.items()}
     return Job(name, stage, params, tuple(sorted({source for source,_ in reads.values()})))
 
-# %% ../nbs/80_stages.ipynb #10806e20
+# %% ../nbs/80_stages.ipynb #113bf12e
 def check_run(
     config:dict, # a params file
 )->dict: # the same
     "Refuse a params file with a section or a variant that nothing reads"
     for key in config:
-        if key not in SECTIONS: raise ValueError(f"params: no section {key!r}{nearest(key, SECTIONS)}; known: {', '.join(SECTIONS)}")
+        if key not in (*SECTIONS, "stall_s"): raise ValueError(f"params: no section {key!r}{nearest(key, SECTIONS)}; known: {', '.join(SECTIONS)}, stall_s")
+    stall = config.get("stall_s")
+    if stall is not None and not (isinstance(stall, (int, float)) and not isinstance(stall, bool) and stall > 0): raise ValueError(
+        f"params.stall_s: expected seconds above 0, got {stall!r}: a stage that gives no sign of life for so long is ended")
     if not isinstance(name := config.get("run"), str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,59}", name):
         raise ValueError(f"params.run: expected a name of letters, digits, '_', '-' and '.', got {config.get('run')!r}: "
                          "it names the folders runs/<run> and reports/<run>")
@@ -941,7 +947,7 @@ def run_jobs(
     if broken: raise StageError("\n".join(broken))
     return done
 
-# %% ../nbs/80_stages.ipynb #d9bbacdb
+# %% ../nbs/80_stages.ipynb #8569fd15
 def run_all(
     params, # params file, or what it holds
     jobs:int=0, # stages at once; 0: one where a GPU is used, else one for each core, 4 at most
@@ -950,7 +956,7 @@ def run_all(
     root="runs", # where run folders go
     reports="reports", # where the report goes
     say=print, # called with a line for the reader
-    stall_s:float=STALL_S, # seconds without a sign of life after which a stage is ended
+    stall_s:float|None=None, # seconds without a sign of life after which a stage is ended; None: `stall_s` of the params file, or STALL_S
 )->Path|None: # the report's folder; None without a report section
     "Run every stage of a params file and write its report; call it again to go on"
     config = params if isinstance(params, dict) else load_params(params)
@@ -962,7 +968,7 @@ def run_all(
         plan = [Job(j.name, j.stage, j.params, tuple(n for n in j.needs if n in chosen)) for j in plan if j.name in chosen]
     import papermill # noqa: F401 (loaded once, before the jobs are forked)
     on_gpu = gpu_name() and (config.get("shared") or {}).get("device") != "cpu"
-    run_jobs(plan, config, root, jobs or (1 if on_gpu else min(os.cpu_count() or 1, 4)), force, say, stall_s)
+    run_jobs(plan, config, root, jobs or (1 if on_gpu else min(os.cpu_count() or 1, 4)), force, say, config.get("stall_s") or STALL_S if stall_s is None else stall_s)
     if only or config.get("report") is None: return None
     run_dir, out = repo_path(root)/config["run"], repo_path(reports)/config["run"]
     made_of = {j.name: read_success(run_dir/j.name)["key"] for j in plan} # a kill may come between the last stage and the report

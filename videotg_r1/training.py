@@ -6,12 +6,12 @@
 __all__ = ['TRL_VERSION', 'SEAL', 'NO_CHOICE', 'LORA_LAYERS', 'MOST_BAD', 'RECORDED', 'check_trl', 'quiet', 'prompt_order',
            'seal', 'sealed', 'damage', 'plain_disk_errors', 'world_size', 'is_first', 'weights_digest',
            'samples_digest', 'claim', 'run_meta', 'History', 'read_sample', 'Pool', 'checkpoints', 'remove',
-           'last_checkpoint', 'prune', 'load_weights', 'sharded', 'check_launch', 'learner', 'bring_home',
+           'last_checkpoint', 'prune', 'load_weights', 'sharded', 'cut_up', 'check_launch', 'learner', 'bring_home',
            'keep_precision', 'lora_config', 'set_trainable', 'common_args', 'training_dtype', 'check_context',
            'usable_rewards', 'RunTrainer', 'Interrupted', 'stop_signals', 'out_of_memory', 'borrowed', 'train_run',
            'summary']
 
-# %% ../nbs/49_training.ipynb #dbac4bb3
+# %% ../nbs/49_training.ipynb #db19677a
 import contextlib
 import copy
 import errno
@@ -26,6 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -349,20 +350,21 @@ def load_weights(
     fresh = type(base).from_pretrained(folder, dtype=base.dtype, use_safetensors=True)
     base.load_state_dict(fresh.state_dict(), strict=True)
 
-# %% ../nbs/49_training.ipynb #19e9439f
+# %% ../nbs/49_training.ipynb #2d9264f1
 def sharded()->bool: # as the launcher set it
     "Whether weights are cut up over the processes"
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
+def cut_up()->bool: # as the launcher set it
+    "Whether learning needs all processes at every layer"
+    return sharded() or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
 def check_launch(
-    cfg, # settings with lora_r, save_steps
+    cfg, # settings with save_steps
     env=None, # name -> value, as the launcher set it; None: of this process
 )->None: # raises ValueError
     "Refuse ways of launching that are not right here"
     env = os.environ if env is None else env
-    if env.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and cfg.lora_r: raise ValueError(
-        f"training: adapters (lora_r={cfg.lora_r}) are not cut up over processes, they are small: launch with params/accelerate/ddp.yaml, or train the "
-        "weights with lora_r=0")
     if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true": return
     if env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3": raise ValueError(
         "training: DeepSpeed's ZeRO-3 cuts up weights, which the sampler here knows of FSDP2 only: launch with params/accelerate/fsdp2.yaml")
@@ -375,7 +377,12 @@ def learner(
 ): # transformers model to train: the policy's own, or a copy that will be cut up
     "What the optimizer works on"
     check_launch(cfg)
-    return copy.deepcopy(unwrap(policy.model)) if sharded() else unwrap(policy.model)
+    if not sharded(): return unwrap(policy.model)
+    model = copy.deepcopy(unwrap(policy.model))
+    if cfg.lora_r:
+        from peft import get_peft_model
+        policy.model = get_peft_model(unwrap(policy.model), lora_config(cfg)) # what is learnt comes home into adapters of its own
+    return model
 
 def bring_home(
     model, # transformers model that is trained, cut up or not
@@ -484,7 +491,7 @@ def usable_rewards(
         "repair the function, or state its range as fn.range")
     return out, len(refused)/len(values)
 
-# %% ../nbs/49_training.ipynb #7d797bdc
+# %% ../nbs/49_training.ipynb #a1264026
 class RunTrainer:
     "History, checkpoints and silence for a transformers Trainer; mix in before it"
     history:History|None = None
@@ -506,6 +513,7 @@ class RunTrainer:
         "Get ready to record"
         self.history, self.keep_checkpoints, self.show = history, keep_checkpoints, show
         keep_precision(self.accelerator)
+        if not cut_up(): self.start_alike()
         rows = history.rows()
         self.elapsed_s, self._since = (rows[-1].get("elapsed_s", 0.) if rows else 0.), time.perf_counter()
         from transformers import PrinterCallback
@@ -515,17 +523,19 @@ class RunTrainer:
     @property
     def totals(self): return self.__dict__.setdefault("_totals", {})
     def count(self, **more):
-        "Add to the running totals, over all processes"
-        for k, v in more.items():
-            if self.accelerator.num_processes > 1:
-                import torch
-                v = self.accelerator.reduce(torch.tensor(float(v), device=self.accelerator.device)).item()
-            self.totals[k] = self.totals.get(k, 0) + v
+        "Add to this process's running totals"
+        for k, v in more.items(): self.totals[k] = self.totals.get(k, 0) + v
+    def counted(self): # dict
+        "The running totals of all processes"
+        if self.accelerator.num_processes == 1: return dict(self.totals)
+        from accelerate.utils import gather_object
+        parts = gather_object([self.totals])
+        return {k: sum(o.get(k, 0) for o in parts) for k in dict.fromkeys(k for o in parts for k in o)}
     def create_model_card(self, *args, **kwargs): pass
     def _send_telemetry(self): pass
     def floating_point_ops(self, inputs): return 0
 
-# %% ../nbs/49_training.ipynb #cad1b4df
+# %% ../nbs/49_training.ipynb #8319f32b
 MOST_BAD = 3 # updates left out in a row that end a run
 
 @patch
@@ -539,14 +549,14 @@ def _get_grad_norm(self:RunTrainer, model, grad_norm=None):
     model.zero_grad(set_to_none=True)
     self._tr_loss = torch.zeros_like(self._tr_loss)
     self.bad_in_row += 1; self.bad_since_log += 1
-    self.totals["skipped_updates"] = self.totals.get("skipped_updates", 0) + 1
+    self.count(skipped_updates=int(is_first()))
     if self.bad_in_row >= MOST_BAD:
         raise FloatingPointError(f"{type(self).__name__}: loss or gradient not finite in {MOST_BAD} steps in a row, the last after step "
                                  f"{self.state.global_step}: lower lr or max_grad_norm; {self.args.output_dir} holds its last "
                                  "checkpoint, from before")
     return norm
 
-# %% ../nbs/49_training.ipynb #cabe940b
+# %% ../nbs/49_training.ipynb #7f8c478f
 @patch
 def log(self:RunTrainer, logs, start_time=None):
     "Record a log as TRL completed it"
@@ -562,7 +572,7 @@ def log(self:RunTrainer, logs, start_time=None):
     spent = self.elapsed_s + time.perf_counter() - self._since
     row = {"step": step, **{k: v for k, v in logs.items() if k != "epoch"}, "skipped_updates": bad,
            **({"at_once": self.at_once} if self.at_once else {}),
-           **{f"total/{k}": v for k, v in self.totals.items()}, "elapsed_s": round(spent, 3)}
+           **{f"total/{k}": v for k, v in self.counted().items()}, "elapsed_s": round(spent, 3)}
     if is_first(): self.history.append(row); self.tracker.log(row)
     self.bad_since_log = 0
     self.bar.update(step - self.bar.n)
@@ -613,16 +623,17 @@ def _maybe_log_save_evaluate(self:RunTrainer, *args, **kwargs):
     if self.can_save() and self.asked_to_stop(): self.control.should_save = self.control.should_training_stop = True
     super(RunTrainer, self)._maybe_log_save_evaluate(*args, **kwargs)
 
-# %% ../nbs/49_training.ipynb #d07027de
+# %% ../nbs/49_training.ipynb #187bac2e
 @patch
 def _save_checkpoint(self:RunTrainer, model, trial):
     "Write, seal, then prune"
     with plain_disk_errors(self.args.output_dir): super(RunTrainer, self)._save_checkpoint(model, trial)
+    totals = self.counted()
     self.accelerator.wait_for_everyone()
     if not is_first(): return
     folder = Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}"
     for name in ("training_args.bin", "pytorch_model_fsdp.bin"): (folder/name).unlink(missing_ok=True) # the weights are in safetensors
-    seal(folder, dict(step=self.state.global_step, sharded=sharded(), totals=self.totals, bad_in_row=self.bad_in_row, at_once=self.at_once, more=self.more_state()))
+    seal(folder, dict(step=self.state.global_step, sharded=sharded(), totals=totals, bad_in_row=self.bad_in_row, at_once=self.at_once, more=self.more_state()))
     prune(self.args.output_dir, self.keep_checkpoints)
 
 @patch
@@ -633,8 +644,8 @@ def _load_from_checkpoint(self:RunTrainer, resume_from_checkpoint, model=None):
     if info.get("sharded", False) != sharded(): raise ValueError(
         f"training: {resume_from_checkpoint} was written {'with' if info.get('sharded') else 'without'} sharding, and its optimizer is stored "
         "accordingly: launch with a config of the same kind (any number of processes), or take another out_dir")
-    if not sharded(): load_weights(self.model if model is None else model, resume_from_checkpoint) # else `train_run` did, before the copy
-    self.totals.update(info["totals"])
+    if not sharded(): load_weights(self.model if model is None else model, resume_from_checkpoint) # else `train_run` did, before they were cut up
+    if is_first(): self.totals.update(info["totals"])
     self.bad_in_row, self.at_once = info["bad_in_row"], info.get("at_once", 0)
     self.load_more_state(info["more"])
 
@@ -643,7 +654,7 @@ def more_state(self:RunTrainer): return {}
 @patch
 def load_more_state(self:RunTrainer, state): pass
 
-# %% ../nbs/49_training.ipynb #4764ff55
+# %% ../nbs/49_training.ipynb #f1001fe3
 RECORDED = ("_totals", "_metrics", "_total_train_tokens") # what a pass over a part leaves in a trainer
 
 @patch
@@ -671,19 +682,19 @@ def smaller(self:RunTrainer,
     "Halve the pieces, or say what to change"
     import torch
     n = self.at_once or self.args.per_device_train_batch_size
-    if n == 1 or self.accelerator.num_processes > 1: raise torch.OutOfMemoryError(said)
+    if n == 1 or cut_up(): raise torch.OutOfMemoryError(said)
     self.at_once = n//2
     if torch.cuda.is_available(): torch.cuda.empty_cache()
     warnings.warn(f"{type(self).__name__}: out of memory after step {self.state.global_step}: learning from {self.at_once} at a time "
                   "from here on", RuntimeWarning, stacklevel=2)
 
-# %% ../nbs/49_training.ipynb #a241550c
+# %% ../nbs/49_training.ipynb #5395a36e
 @patch
 def compute_loss(self:RunTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
     "TRL's, its gradient taken where running out of memory can be answered"
     import torch
     ours = super(RunTrainer, self).compute_loss
-    if self.accelerator.num_processes > 1: return ours(model, inputs, num_items_in_batch=num_items_in_batch)
+    if cut_up(): return ours(model, inputs, num_items_in_batch=num_items_in_batch)
     def part():
         with torch.enable_grad(), self.compute_loss_context_manager():
             return ours(self.piecewise(model), dict(inputs), num_items_in_batch=num_items_in_batch)
@@ -704,20 +715,53 @@ def learn(self:RunTrainer,
     scale, # its share in the step
 ): # None; gradients are where the optimizer looks for them
     "Backward through one part of a step"
-    import torch
     if self._at != self.state.global_step: self._at, self._parts = self.state.global_step, []
     self._parts.append((part, scale))
-    try: return true.pop().backward(scale)
+    if not self.agreed(lambda: true.pop().backward(scale)):
+        before, done = self.recorded(), False
+        while not done:
+            self.model.zero_grad(set_to_none=True)
+            done = all(self.agreed(lambda: again().backward(share)) for again, share in self._parts) # noqa: B023 (used at once)
+        vars(self).update(before)
+    if self.accelerator.sync_gradients: self.share_gradients()
+
+# %% ../nbs/49_training.ipynb #43669712
+@patch
+def agreed(self:RunTrainer,
+    work, # () -> anything, may run out of memory
+): # bool, the same in every process
+    "Do something, and say whether every process got through; where one did not, all go on with the smallest pieces"
+    import torch
+    said, whole = "", self.args.per_device_train_batch_size
+    try: work()
     except torch.OutOfMemoryError as e: said = str(e).splitlines()[0]
-    before = self.recorded()
-    while said:
-        self.smaller(said)
-        self.model.zero_grad(set_to_none=True)
-        try:
-            for again, share in self._parts: again().backward(share)
-            said = ""
-        except torch.OutOfMemoryError as e: said = str(e).splitlines()[0]
-    vars(self).update(before)
+    if said: self.smaller(said)
+    if self.accelerator.num_processes == 1: return not said
+    sizes, failed = self.accelerator.gather(torch.tensor([[self.at_once or whole, int(bool(said))]], device=self.accelerator.device)).T.tolist()
+    self.at_once = min(sizes) if min(sizes) < whole else 0
+    return not any(failed)
+
+# %% ../nbs/49_training.ipynb #24d83b7e
+@patch
+def start_alike(self:RunTrainer): # None
+    "The same weights in every process, and no wrapper around them"
+    if self.accelerator.num_processes == 1: return
+    from torch.distributed import broadcast
+    for p in self.model.parameters():
+        if p.requires_grad: broadcast(p.data, 0)
+    self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+@patch
+def share_gradients(self:RunTrainer): # None
+    "The mean over processes of what each has learnt"
+    if self.accelerator.num_processes == 1: return
+    import torch
+    from torch.distributed import all_reduce
+    for p in self.model.parameters():
+        if p.requires_grad and p.grad is None: p.grad = torch.zeros_like(p)
+    grads = [p.grad for p in self.model.parameters() if p.requires_grad]
+    for sent in [all_reduce(g, async_op=True) for g in grads]: sent.wait()
+    torch._foreach_div_(grads, self.accelerator.num_processes)
 
 # %% ../nbs/49_training.ipynb #d135b8d3
 @contextlib.contextmanager
@@ -756,7 +800,7 @@ def borrowed(
             with quiet(): model.gradient_checkpointing_disable()
         model.zero_grad(set_to_none=True); model.eval()
 
-# %% ../nbs/49_training.ipynb #cf8a1ca2
+# %% ../nbs/49_training.ipynb #c58b6429
 def train_run(
     policy, # policy.Policy; its weights are changed in place
     cfg, # settings with steps, keep_checkpoints
@@ -783,8 +827,8 @@ def train_run(
             history.cut(step)
             for p in out_dir.glob(".*.tmp"): p.unlink(missing_ok=True) # half-written by a killed attempt
         with quiet(), borrowed(policy.model), stop_signals() as stop:
-            if folder and sharded(): load_weights(policy.model, folder)
             trainer = build()
+            if folder and sharded(): load_weights(trainer.model, folder) # before it is cut up
             trainer.begin(history, cfg.keep_checkpoints, progress, show)
             trainer.stop, trainer.tracker = stop, open_tracker(cfg.report_to if is_first() else "none", out_dir, meta["settings"])
             try:
@@ -792,9 +836,10 @@ def train_run(
             finally: trainer.bar.close(); trainer.tracker.close()
             if (at := trainer.state.global_step) < cfg.steps:
                 raise Interrupted(f"training: stopped by SIGTERM after step {at} of {cfg.steps}; {out_dir} goes on from there")
-            if hasattr(trainer.model, "merge_and_unload"): trainer.model.merge_and_unload()
-            if sharded(): bring_home(trainer.model, policy)
-        out = dict(summary(trainer.totals, history.rows()), kind=meta["kind"], steps=cfg.steps, resumed_from=step,
+            bring_home(trainer.model, policy)
+            whole = policy if sharded() else trainer
+            if hasattr(whole.model, "merge_and_unload"): whole.model = whole.model.merge_and_unload()
+        out = dict(summary(trainer.counted(), history.rows()), kind=meta["kind"], steps=cfg.steps, resumed_from=step,
                    damaged=damaged, set_aside=sorted(trainer.pool.aside), n=meta["n"], fingerprint=fp)
         with quiet():
             if is_first(): _finish(out_dir, final, save, out, cfg.keep_checkpoints)

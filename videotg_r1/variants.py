@@ -7,9 +7,10 @@ __all__ = ['check_device', 'open_model', 'open_cache', 'ledger_meta', 'open_ledg
            'judge', 'how_asked', 'score_answers', 'difference', 'detection', 'hardness_agreement', 'stage_cost',
            'training_cost', 'add_costs', 'likeliest_span', 'ground', 'Variant', 'run_variant', 'run_variants']
 
-# %% ../nbs/61_variants.ipynb #97c28afa
+# %% ../nbs/61_variants.ipynb #74fb1e29
 import json
 import re
+import shutil
 from collections import Counter
 from dataclasses import field, replace
 from pathlib import Path
@@ -32,7 +33,7 @@ def check_device(
     if int(device.partition(":")[2] or 0) >= n:
         raise ValueError(f"device {device!r}: torch {torch.__version__} sees {n} GPUs here: take device auto or cpu, or install a CUDA build of torch")
 
-# %% ../nbs/61_variants.ipynb #1764ac09
+# %% ../nbs/61_variants.ipynb #d7b777c7
 def open_model(
     model:str, # tiny, a folder, a hub id, or random-<family>
     frames:dict, # FrameSpec fields that differ from the model's own
@@ -51,7 +52,9 @@ def open_cache(
     "The frame cache of a run"
     if not folder: return None
     from videotg_r1.video import FrameCache
-    return FrameCache(repo_path(folder))
+    path = repo_path(folder)
+    free = shutil.disk_usage(next(o for o in (path, *path.parents) if o.is_dir())).free
+    return FrameCache(path, max(20 << 30, free//2)) # a set that does not fit would be decoded anew by every stage
 
 # %% ../nbs/61_variants.ipynb #a3282545
 def ledger_meta(
