@@ -8,11 +8,11 @@ __all__ = ['num', 'INTERVALS', 'SETUP', 'AGAIN', 'WAY_WORDS', 'MASK_WORDS', 'CUR
            'run_table', 'fifths', 'seed_rows', 'setup_text', 'pool_text', 'verb', 'page', 'cards', 'partial_report',
            'detection_tables', 'detected', 'found_text', 'whole_text', 'whole_pool', 'ways_tables', 'silent_base',
            'difficulty_report', 'rank_interval', 'interval', 'masking_report', 'course_table', 'window_table',
-           'factor_effects', 'ablation_report', 'average', 'curve_arm', 'agents_cost', 'curve_cost', 'headline_report',
-           'transfer_report', 'regime_rows', 'regime_report', 'regime_figure', 'write_regime', 'tuned', 'choices',
-           'tuning', 'robust_report', 'forest', 'pairs_of', 'partial_figure', 'difficulty_figure', 'masking_figure',
-           'transfer_figure', 'robust_figure', 'ablation_figure', 'headline_figure', 'wanted', 'slim', 'write_reports',
-           'check_reports', 'read_program']
+           'factor_effects', 'ablation_report', 'average', 'curve_arm', 'agents_cost', 'curve_cost', 'points_missing',
+           'headline_report', 'by_base', 'transfer_report', 'regime_rows', 'regime_report', 'regime_figure',
+           'write_regime', 'tuned', 'choices', 'tuning', 'robust_report', 'forest', 'pairs_of', 'partial_figure',
+           'difficulty_figure', 'masking_figure', 'transfer_figure', 'robust_figure', 'ablation_figure',
+           'headline_figure', 'wanted', 'slim', 'write_reports', 'check_reports', 'read_program']
 
 # %% ../nbs/78_evidence.ipynb #527b97f1
 import json
@@ -150,7 +150,7 @@ def over_runs(
     sd = np.sqrt(sum(((np.array(v) - np.mean(v))**2).sum() for v in by_base.values())/free) if free else None
     return mean, sd, sum(map(len, by_base.values()))
 
-# %% ../nbs/78_evidence.ipynb #42a7c23c
+# %% ../nbs/78_evidence.ipynb #e5d02fe4
 def md(
     head, # names of the columns
     rows, # lists of cells
@@ -170,15 +170,18 @@ def result_table(
     runs = {words: ev.runs(arm, test) for words,(arm, _) in arms.items()}
     every = {k: 0 for r in runs.values() for k in r}
     fixed = {w: ev.fixed(w, every, test) for w in ("query-blind", "zero-shot")}
-    mean = lambda r: "{:.3f}{}".format((o := over_runs(r))[0], "" if o[1] is None else f" ± {o[1]:.3f}")
-    count = lambda r: str(len(r)) if {b for b,_ in r} >= set(ev.bases) else f"{len(r)} on {', '.join(sorted({b for b,_ in r}))}"
-    recall = lambda r: f"{over_runs({k: v >= .5 for k,v in r.items()})[0]:.3f}"
-    rows = [[w, *[""]*len(names), ", ".join(sorted({b for b, _ in r})), f"{over_runs(r)[0]:.3f}", recall(r), "", ""] for w,r in fixed.items() if r]
+    bases = [b for b in ev.bases if any(k[0] == b for r in runs.values() for k in r)]
+    def scores(r):
+        own = [{k: v for k,v in r.items() if k[0] == b} for b in bases]
+        hit = lambda o: over_runs({k: v >= .5 for k,v in o.items()})[0]
+        return ["{:.3f}{}".format((m := over_runs(o))[0], "" if m[1] is None or same(o) else f" ± {m[1]:.3f}") if o else "" for o in own] + [f"{hit(o):.3f}" if o else "" for o in own]
+    same = lambda o: len(o) > 1 and all(np.array_equal(v, next(iter(o.values()))) for v in o.values())     # the base beside every seed
+    rows = [[w, *[""]*len(names), "", *scores(r), "", ""] for w,r in fixed.items() if r]
     for words,(arm, control) in arms.items():
-        if not (r := runs[words]): rows.append([words, *[""]*(len(names) + 5)][:5 + len(names)] + ["not run"]); continue
+        if not (r := runs[words]): rows.append([words, *[""]*(len(names) + 2 + 2*len(bases)), "not run"]); continue
         against = runs.get(control) or fixed.get(control)
-        rows.append([words, *more(ev.results(arm)), count(r), mean(r), recall(r), control or "", says(paired(r, against)) if against else ""])
-    return md(["", *names, "runs", "mIoU", "R1@.5", "control", "difference in mIoU"], rows)
+        rows.append([words, *more(ev.results(arm)), len(r), *scores(r), control or "", says(paired(r, against)) if against else ""])
+    return md(["", *names, "runs", *(f"mIoU {b}" for b in bases), *(f"R1@.5 {b}" for b in bases), "control", "difference in mIoU"], rows)
 
 # %% ../nbs/78_evidence.ipynb #9d6c6e7f
 def run_table(
@@ -221,8 +224,8 @@ def seed_rows(
         out.append(dict(variant=name, runs=n, mIoU=mean, sd=sd, against_first="" if name == first else says(paired(v, runs[first], codes))))
     return out
 
-# %% ../nbs/78_evidence.ipynb #d9d2ab79
-INTERVALS = ("mIoU: mean over bases of the mean over seeds; ± is the standard deviation over seeds, pooled over bases. Differences are paired by base, "
+# %% ../nbs/78_evidence.ipynb #32702635
+INTERVALS = ("mIoU: mean over seeds, for each base; ± is the standard deviation over seeds. Differences: mean over the bases that a row and its control both have, paired by base, "
              "seed and query. Brackets: 95 % interval of a hierarchical bootstrap that resamples seeds within each base (deviations widened by "
              "sqrt(S/(S-1)) for S seeds) and test videos over all runs at once, 4,000 times; the bases are fixed, so nothing is said about a third one. "
              "Intervals are not corrected for the number of rows. Only the differences that the claim names were asked for beforehand.")
@@ -589,7 +592,19 @@ def curve_cost(ev:Evidence, method, n)->float|None:
     kinds = dict(videotg=("reflect", "estimate"), timer1=("estimate",), timelens=("estimate",)).get(method, ())
     return float(np.mean([r["compute"]["flops"] + agents_cost(ev, b, kinds) for (b, _),r in rs.items()])) if rs else None
 
-# %% ../nbs/78_evidence.ipynb #95b4d961
+# %% ../nbs/78_evidence.ipynb #d521b5ef
+def points_missing(ev:Evidence)->str:
+    "Which points of the curves are not there, in words"
+    out, pool = [], ev.lab["pool"]
+    for n in (100, 250, 500, 1000, 2500, 5000, 0):
+        lacking = {w: [b for b in ev.bases if not ev.on(b).runs(curve_arm(m, n))] for w,m in CURVES.items() if n or m in ("sft", "grpo", "videotg")}
+        groups = {}
+        for w,bases in lacking.items():
+            if bases: groups.setdefault(" and ".join(sorted(bases)), []).append(w)
+        for bases,ws in groups.items(): out.append(f"{100*n/pool:g} %" * bool(n) + "all" * (not n) + f" on {bases}" + (f" ({', '.join(ws)})" if len(ws) < len(lacking) else ""))
+    return "; ".join(out) or "none"
+
+# %% ../nbs/78_evidence.ipynb #6fa69d7c
 def headline_report(ev:Evidence)->str:
     "Data-efficiency curves"
     pool = ev.lab["pool"]
@@ -632,9 +647,13 @@ def headline_report(ev:Evidence)->str:
          md(["", "difference in mIoU"], random), *more, "## Compute\n",
          "TFLOP of training and of the agents' passes over the whole pool that the method needs, counted from tokens and model sizes.\n", md(["", "samples", "steps", "TFLOP", "of GRPO on all", "seconds of training and test"], rows),
          "## Every run\n", run_table(ev, arms), cards(ev) + "\n"],
-        "More passes over the whole pool, a larger contamination, real data; a tuning of each method at each size (learning rates were chosen at 1,000 samples).")
+        f"Points that were not run: {points_missing(ev)}. More passes over the whole pool, a larger contamination, real data; a tuning of each method at each size (learning rates were chosen at 1,000 samples).")
 
-# %% ../nbs/78_evidence.ipynb #d0e6f982
+# %% ../nbs/78_evidence.ipynb #e926fb7c
+def by_base(runs)->str:
+    "Means, base by base"
+    return ", ".join(f"{b} {over_runs({k: v for k,v in runs.items() if k[0] == b})[0]:.3f}" for b in sorted({b for b,_ in runs}))
+
 def transfer_report(ev:Evidence)->str:
     "Longer videos, another frame rate, unseen pairs"
     queries = [s.query for s in ev.world("test", "heldout")[0]]
@@ -650,7 +669,7 @@ def transfer_report(ev:Evidence)->str:
             if pick is not None and a.startswith("partial"): continue         # that pool asks for all pairs
             cut = (lambda r, p=pick: r if p is None else {k: v[p] for k,v in r.items()})
             d = paired(cut(x), cut(y), None if pick is None else np.unique(np.flatnonzero(pick)//2, return_inverse=True)[1]) if x and y else None
-            if d: rows.append([w, name, next(iter(cut(x).values())).size, d["runs"], f"{over_runs(cut(x))[0]:.3f}", f"{over_runs(cut(y))[0]:.3f}", says(d)]); text[w, name] = d
+            if d: rows.append([w, name, next(iter(cut(x).values())).size, d["runs"], by_base(cut(x)), by_base(cut(y)), says(d)]); text[w, name] = d
     outside = {k: d for k,d in text.items() if k[1] not in ("as trained on", "colour-shape pairs seen in training")}
     kept = [f"{w}, {n}: {says(d)}" for (w, n),d in outside.items() if is_clear(d)]
     claims = [f"Outside the training distribution {len(kept)} of {len(outside)} differences have an interval without zero" + (": " + "; ".join(kept) if kept else "") + "."]
