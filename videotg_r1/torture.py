@@ -374,7 +374,7 @@ def peace(
     victim.finish()
     return out | dict(report=time.monotonic() - started)
 
-# %% ../nbs/83_torture.ipynb #70b44096
+# %% ../nbs/83_torture.ipynb #b9d5de32
 def torture(
     params, # params file
     points:int=20, # how many strikes
@@ -386,7 +386,8 @@ def torture(
     "Strike a run at random moments and compare it with one in peace"
     from videotg_r1.config import load_params
     config, folder = load_params(params), repo_path(folder)
-    jobs = tuple(j.name for j in plan_run(config))
+    plan = plan_run(config)
+    jobs = tuple(j.name for j in plan)
     chosen = tuple(o for o in (*jobs, "report") if not only or o in only.split(","))
     for o in only.split(",") if only else ():
         if o not in chosen: raise ValueError(f"torture: no job {o!r}{nearest(o, jobs)}; known: {', '.join(jobs)}, report")
@@ -394,8 +395,9 @@ def torture(
     takes = peace(whole, "report" in chosen, say)
     shutil.rmtree(struck.folder, ignore_errors=True)
     drawn, hits = draw_points(chosen, points, seed), []
-    order = (*jobs, "report")
-    for job in order[:max(map(order.index, chosen)) + 1]: # those that are not struck are read by those that are
+    wanted = set(chosen)
+    for j in reversed(plan): wanted.update(j.needs if j.name in wanted else ()) # they end in peace
+    for job in (o for o in (*jobs, "report") if o in wanted):
         for p in (p for p in drawn if p.job == job):
             hits.append(strike(struck, p, takes[job]))
             say(f"{len(hits):4} {p.job:24}{p.share:6.2f}  {hits[-1] or 'missed (had ended)'}")
