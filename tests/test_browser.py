@@ -259,6 +259,7 @@ def test_it_works_inside_a_notebook_s_frame(opened, tmp_path):
     root.locator("#list tbody tr").nth(2).click()
     loaded(root.locator("#detail video"))
     sync.expect(root.locator("#query")).to_have_text("the purple cross stays still")
+    assert root.locator("#list tbody tr").count() == 6
 
 
 def test_a_small_set_travels_as_one_file(opened, tmp_path):
@@ -270,6 +271,8 @@ def test_a_small_set_travels_as_one_file(opened, tmp_path):
     page.locator("#list tbody tr").nth(3).click()
     loaded(page.locator("#detail video"))
     sync.expect(page.locator("canvas[data-done]")).to_be_visible()
+    assert not list((tmp_path/"away").glob("*.mp4")), "nothing but the page travels"
+    assert page.locator("#list tbody tr").count() == len(samples)
 
 
 def scored(folder, late):

@@ -189,7 +189,7 @@ def test_two_runs_in_one_folder(tmp_path, capsys):
 
 
 def train_here(name, change, tmp_path, capsys, monkeypatch, samples=WORLD/"train.jsonl"):
-    "A training stage without a kernel; what it says is held against the table"
+    "What a training stage without a kernel says; held against the table"
     def execute(notebook, params, *_):
         pool, (policy, spec) = variants.read_pool(params["samples"], "", "all"), variants.open_model(params["model"], params["frames"], "cpu")
         try: variants.fit("grpo", policy, pool, params["grpo"], tmp_path/"t", {}, "", spec, None)
@@ -199,17 +199,20 @@ def train_here(name, change, tmp_path, capsys, monkeypatch, samples=WORLD/"train
     code = cli.main(list(map(str, stage(tmp_path, "train", f"samples={samples}", f"grpo={change}", frames))))
     text, (want, pattern) = capsys.readouterr().err, table()[name]
     assert code == want and pattern.search(text), text
+    return text
 
 
 def test_a_prompt_that_is_too_long(tmp_path, capsys, monkeypatch):
-    train_here("prompt too long", "{steps: 1, max_completion_length: 99999}", tmp_path, capsys, monkeypatch)
+    text = train_here("prompt too long", "{steps: 1, max_completion_length: 99999}", tmp_path, capsys, monkeypatch)
+    assert "an answer of up to 99999" in text
 
 
 @pytest.mark.filterwarnings("ignore:.*out of memory after step")
 def test_memory_that_holds_no_answer(tmp_path, capsys, monkeypatch):
     def full(*a, **k): raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     monkeypatch.setattr("videotg_r1.grpo.token_logps", full)
-    train_here("out of GPU memory", "{steps: 1, G: 2, prompts_per_step: 1, max_completion_length: 4}", tmp_path, capsys, monkeypatch)
+    text = train_here("out of GPU memory", "{steps: 1, G: 2, prompts_per_step: 1, max_completion_length: 4}", tmp_path, capsys, monkeypatch)
+    assert "Tried to allocate 2.00 GiB" in text
 
 
 @pytest.mark.filterwarnings("ignore:training. set aside")
@@ -217,7 +220,8 @@ def test_a_pool_of_unreadable_videos(tmp_path, capsys, monkeypatch):
     rows = [json.loads(o) | dict(video=str(WORLD/json.loads(o)["video"])) for o in (WORLD/"train.jsonl").read_text().splitlines()]
     rows[0]["video"] = str(file(tmp_path, b"no video"))
     samples = file(tmp_path, "".join(json.dumps(o) + "\n" for o in rows).encode(), "s.jsonl")
-    train_here("videos of the pool unreadable", "{steps: 6, G: 2, prompts_per_step: 1, max_completion_length: 4}", tmp_path, capsys, monkeypatch, samples)
+    text = train_here("videos of the pool unreadable", "{steps: 6, G: 2, prompts_per_step: 1, max_completion_length: 4}", tmp_path, capsys, monkeypatch, samples)
+    assert "1 of 6 samples" in text
 
 
 def test_a_decoder_that_takes_too_long(tmp_path, capsys, monkeypatch):

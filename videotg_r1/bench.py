@@ -11,7 +11,7 @@ __all__ = ['SHAPES', 'AXES', 'BENCHES', 'WIDTHS', 'BenchConfig', 'shaped_policy'
            'bench_rollout', 'bench_vision', 'clip_files', 'bench_train', 'bench_data', 'scaled', 'bench_scaling',
            'scaling_figure', 'scaling_panel', 'bench', 'bench_part', 'bench_head', 'bench_line', 'write_bench']
 
-# %% ../nbs/79_bench.ipynb #1b516e73
+# %% ../nbs/79_bench.ipynb #1f55b83b
 import gc
 import json
 import statistics
@@ -31,7 +31,7 @@ import torch
 from .compute import flops, model_shape, text_flops, vision_flops
 from .config import settings
 from .conventional import by_length, conventional, generated, grouped_logps, learn, recomputed, row_logps, stock
-from .engine import answer_probability, common_prefix, compile_layers, go_on, prefill, sample, seen, token_logps
+from .engine import answer_probability, common_prefix, compile_layers, go_on, prefill, sample, seen, token_bytes, token_logps
 from .grpo import GRPOSettings, train_grpo
 from .plots import canvas, save_png
 from videotg_r1.policy import (
@@ -311,20 +311,19 @@ def machine(
         for _ in range(times): y.copy_(x)
     return Machine(torch.cuda.get_device_name(device) if cuda else "CPU", rate, times*2*size/timer(device, copies))
 
-# %% ../nbs/79_bench.ipynb #2ac6e9cd
+# %% ../nbs/79_bench.ipynb #ff8ef806
 def decode_bytes(
     policy,  # Policy
     prompts, # [B] tokens of each prompt
     lengths, # [B][G] tokens of each answer
 ): # bytes
     "What must be read to write answers behind prompts that have been read"
-    shape, text, n = model_shape(policy), policy.config.text_config, np.asarray(lengths)
-    size, head = unwrap(policy.model).dtype.itemsize, shape.attn_width//text.num_attention_heads
-    width = 2*text.num_hidden_layers*text.num_key_value_heads*head*size     # of a token's keys and values
+    shape, n = model_shape(policy), np.asarray(lengths)
+    size = unwrap(policy.model).dtype.itemsize
     t = np.arange(1, n.max())[:, None, None]                # tokens that an answer has when the next one is written
     live = t < n
     weights = (shape.text_params + shape.head_params)*size*len(t)
-    return int(weights + width*((live.any(-1)*np.asarray(prompts)).sum() + (live*t).sum()))
+    return int(weights + token_bytes(policy)*((live.any(-1)*np.asarray(prompts)).sum() + (live*t).sum()))
 
 def floor(
     work, # Work

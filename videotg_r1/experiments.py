@@ -7,11 +7,11 @@ __all__ = ['WATCHED', 'RUN', 'MASK', 'WAYS', 'HINT', 'ALL', 'MASKS', 'STEPS_TIME
            'pack', 'unpack', 'unseen_pairs', 'is_unseen', 'Worlds', 'render_worlds', 'with_all_times', 'contaminated',
            'training_set', 'chunk', 'agent_cell', 'reflection_rows', 'best_proposals', 'difficulty_rows', 'Worker',
            'pass_samples', 'run_reflect', 'thresholds', 'run_estimate', 'test_policy', 'scored', 'run_zero',
-           'in_fifths', 'learning_rate', 'run_train', 'tune_cell', 'run_choose', 'run_base', 'run_cell',
-           'visible_cards', 'attend_cells', 'Crew', 'next_cell', 'visits', 'duration', 'save_cells', 'run_cells',
-           'agent_needs', 'reflect_cells', 'estimate_cells', 'train_cells', 'base', 'tune', 'zero', 'partial_arms',
-           'partial', 'reflection', 'ablation_arms', 'ablation', 'headline_arms', 'headline', 'masking', 'difficulty',
-           'sensitivity', 'program', 'listing', 'own_lab', 'run_program']
+           'in_fifths', 'learning_rate', 'training_settings', 'run_train', 'tune_cell', 'run_choose', 'run_base',
+           'run_cell', 'visible_cards', 'attend_cells', 'Crew', 'next_cell', 'visits', 'duration', 'save_cells',
+           'run_cells', 'agent_needs', 'reflect_cells', 'estimate_cells', 'train_cells', 'base', 'tune', 'zero',
+           'partial_arms', 'partial', 'reflection', 'ablation_arms', 'ablation', 'headline_arms', 'headline', 'masking',
+           'difficulty', 'sensitivity', 'program', 'listing', 'own_lab', 'run_program']
 
 # %% ../nbs/64_experiments.ipynb #44701130
 import base64
@@ -363,7 +363,7 @@ def run_zero(w:Worker, cell:Cell)->dict:
     blind = {t: scored([r["iou"] for r in sample_scores(w.worlds.test(t), query_blind(train, w.worlds.test(t)))]) for t in cell.tests}
     return dict(tests=test_policy(w, w.policy(cell.base), cell.tests), blind=blind)
 
-# %% ../nbs/64_experiments.ipynb #829be6c7
+# %% ../nbs/64_experiments.ipynb #ac2c0b99
 WATCHED = ("reward", "reward_std", "frac_reward_zero_std", "completions/unparsable", "curriculum/ratio", "curriculum/masked",
            "curriculum/hidden_share", "dead_groups/easy", "dead_groups/medium", "dead_groups/hard", "loss", "mean_token_accuracy")
 
@@ -382,6 +382,15 @@ def learning_rate(w:Worker, cell:Cell)->float|None:
     if "lr" in cell.settings or not w.lab.lrs: return None
     return w.result("choice")["lr"][cell.method]*cell.settings.get("lr_times", 1.)
 
+def training_settings(
+    lab:Lab,
+    cell:Cell, # a training
+)->dict: # GRPOSettings or SFTSettings fields, but for a chosen learning rate and the seed
+    "The lab's settings under those of a cell, steps multiplied"
+    s = {**getattr(lab, cell.method), **cell.settings}
+    times, _ = s.pop("steps_times", 1), s.pop("lr_times", None)
+    return s | (dict(steps=round(s["steps"]*times)) if "steps" in s else {})
+
 def run_train(w:Worker, cell:Cell)->dict:
     "Train and test"
     from videotg_r1.curriculum import Curriculum, CurriculumConfig
@@ -393,8 +402,7 @@ def run_train(w:Worker, cell:Cell)->dict:
     spec, dea = frame_spec(policy), lambda: w.agent("estimate", cell.base, cell.world)
     train, partial, rows = training_set(cell, samples, truth, lambda labels: w.agent("reflect", cell.base, cell.world, labels, look=cell.look, evidence=cell.evidence), dea)
     lr = learning_rate(w, cell)
-    given = getattr(w.lab, cell.method) | ({} if lr is None else dict(lr=lr)) | cell.settings | dict(seed=cell.seed)
-    given.pop("lr_times", None); given["steps"] = round(given["steps"]*given.pop("steps_times", 1))
+    given = training_settings(w.lab, cell) | ({} if lr is None else dict(lr=lr)) | dict(seed=cell.seed)
     with tempfile.TemporaryDirectory() as tmp:
         if cell.method == "sft": r = train_sft(policy, train, from_params(SFTSettings, given), f"{tmp}/t", frame_spec=spec, progress=False)
         else:
@@ -519,15 +527,15 @@ def next_cell(
     "The first cell that can be started"
     return next((c for c in cells if c.name not in done and c.name not in taken and all(n in done for n in c.needs) and fits(c)), None)
 
-# %% ../nbs/64_experiments.ipynb #e56434dd
+# %% ../nbs/64_experiments.ipynb #99471f23
 def visits(
     lab:Lab,
     cell:Cell,
 )->int: # prompts that a training looks at; 0 for other cells
     "How long a training is"
     if cell.kind != "train": return 0
-    s = {**getattr(lab, cell.method), **cell.settings}
-    return round(s.get("steps", 1)*s.get("steps_times", 1))*s.get("prompts_per_step" if cell.method == "grpo" else "batch_size", 1)
+    s = training_settings(lab, cell)
+    return s.get("steps", 1)*s.get("prompts_per_step" if cell.method == "grpo" else "batch_size", 1)
 
 def duration(
     lab:Lab,

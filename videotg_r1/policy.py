@@ -614,7 +614,7 @@ class FeatureStore:
         "A number above those of all earlier uses, so no clock is asked"
         return self.base.execute("select coalesce(max(used), 0) + 1 from pairs").fetchone()[0]
 
-# %% ../nbs/30_policy.ipynb #9312b0e3
+# %% ../nbs/30_policy.ipynb #a7ad7f86
 @patch
 def get(self:FeatureStore,
     keys, # of `pair_keys`
@@ -624,10 +624,11 @@ def get(self:FeatureStore,
     from safetensors.torch import load
     if self.tower is None: return {}
     with self.base:
-        rows = {k: self.base.execute("select value from pairs where key = ?", (self.name(k),)).fetchone() for k in keys}
+        names = {k: self.name(k) for k in keys}
+        rows = {k: self.base.execute("select value from pairs where key = ?", (name,)).fetchone() for k, name in names.items()}
         found = {k: load(row[0])["features"].to(device) for k, row in rows.items() if row}
         now = self.turn()
-        self.base.executemany("update pairs set used = ? where key = ?", [(now, self.name(k)) for k in found])
+        self.base.executemany("update pairs set used = ? where key = ?", [(now, names[k]) for k in found])
     return found
 
 @patch
