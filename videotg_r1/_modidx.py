@@ -455,7 +455,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'videotg_r1.engine.Rollouts': ('engine.html#rollouts', 'videotg_r1/engine.py'),
                                    'videotg_r1.engine._': ('engine.html#_', 'videotg_r1/engine.py'),
                                    'videotg_r1.engine.after': ('engine.html#after', 'videotg_r1/engine.py'),
-                                   'videotg_r1.engine.allowed': ('engine.html#allowed', 'videotg_r1/engine.py'),
+                                   'videotg_r1.engine.allowed_logits': ('engine.html#allowed_logits', 'videotg_r1/engine.py'),
                                    'videotg_r1.engine.answer_plan': ('engine.html#answer_plan', 'videotg_r1/engine.py'),
                                    'videotg_r1.engine.answer_probability': ('engine.html#answer_probability', 'videotg_r1/engine.py'),
                                    'videotg_r1.engine.attend_back': ('engine.html#attend_back', 'videotg_r1/engine.py'),
