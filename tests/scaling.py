@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
@@ -49,9 +50,40 @@ def write_work(folder, n, frames, side, videos=16):
 def lines(path): return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
+def family(p): # a process and all that it started: torchrun gives each of its own a session
+    if p.poll() is not None: return []
+    try: return [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)]
+    except psutil.NoSuchProcess: return []
+
+
+def tell(found, number):
+    for o in found:
+        try: o.send_signal(number)
+        except psutil.NoSuchProcess: pass
+
+
 def stop(p):
-    if p.poll() is None: os.killpg(p.pid, signal.SIGKILL)
+    tell(family(p), signal.SIGKILL)
     p.wait()
+
+
+def hold(a, p):
+    "Stop processes that are warm until a file is there, so that others can be measured meanwhile"
+    if not a.after or a.after.exists(): return
+    found = family(p)
+    tell(found, signal.SIGSTOP)
+    while not a.after.exists() and time.time() - BEGAN < a.until: time.sleep(.05)
+    tell(found, signal.SIGCONT)
+
+
+def sent(trace, gpus):
+    "GB that each GPU has sent over NVLink since the driver was loaded, or None where it does not say"
+    if trace.device == "cpu": return None
+    import pynvml
+    try:
+        found = [pynvml.nvmlDeviceGetFieldValues(pynvml.nvmlDeviceGetHandleByIndex(i), [(pynvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, 2**32 - 1)])[0] for i in gpus]
+        return None if any(o.nvmlReturn for o in found) else [o.value.ullVal*1024/1e9 for o in found]
+    except (pynvml.NVMLError, AttributeError): return None
 
 
 def ended(p, log): return RuntimeError(f"a process ended with {p.poll()}: {log}\n" + log.read_text(errors="replace")[-3000:])
@@ -69,23 +101,25 @@ def grpo(a, n, trace, gpus):
     starter = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(n), "--main_process_port", str(29500 + n), "-m"] if n > 1 or a.always else []
     with open(out/"log.txt", "wb") as log:
         p = subprocess.Popen([sys.executable, "-m", *starter, "videotg_r1.runners", str(out/"job.json")], stdout=log, stderr=log, start_new_session=True, env=env(gpus))
-    history, began, at, memory = out/"training/history.jsonl", time.time(), [], 0
+    history, began, at, memory, link = out/"training/history.jsonl", time.time(), [], 0, None
     try:
         while lines(history) < a.steps + a.skip:
             if p.poll() is not None: raise ended(p, out/"log.txt")
             if time.time() - BEGAN > a.until: break
             if lines(history) > len(at): at += [time.time()]*(lines(history) - len(at))
+            if len(at) >= a.skip and link is None: link = len(at), sent(trace, gpus)
             time.sleep(.05)
-        memory = time.time()
+        memory, last = time.time(), (lines(history), sent(trace, gpus))
     finally: stop(p)
     rows = [json.loads(o) for o in history.read_text().splitlines()] if history.is_file() else []
     if len(rows) < a.skip + 2: raise RuntimeError(f"{len(rows)} steps in the time there was")
     used = rows[a.skip - 1:]
     step = [y["elapsed_s"] - x["elapsed_s"] for x, y in zip(used, used[1:], strict=False)]
+    traffic = [round((y - x)/(last[0] - link[0]), 2) for x, y in zip(link[1], last[1], strict=True)] if memory and link and link[1] and last[1] and last[0] > link[0] else None
     tokens = [(used[-1][f"total/{k}"] - used[0][f"total/{k}"])/sum(step) for k in ("prompt_tokens", "generated_tokens")]
     return dict(what="grpo", gpus=n, launch=Path(a.launch).name if starter else "", prompts=a.prompts*n, parts=a.parts, lora_r=a.lora, checkpointing=not a.no_checkpointing, G=a.G, tokens=a.tokens, step_s=round(statistics.median(step), 4), steps=[round(s, 3) for s in step],
                 prompts_per_s=round(a.prompts*n*len(step)/sum(step), 4), prompt_tokens_per_s=round(tokens[0]), generated_tokens_per_s=round(tokens[1]),
-                start_s=round(at[0] - began, 1) if at else None, **trace.over(at[a.skip - 1] if len(at) >= a.skip else began, memory, gpus))
+                start_s=round(at[0] - began, 1) if at else None, nvlink_gb_a_step=traffic, **trace.over(at[a.skip - 1] if len(at) >= a.skip else began, memory, gpus))
 
 
 def agent(a, n, trace, gpus):
@@ -109,19 +143,23 @@ def agent(a, n, trace, gpus):
             if n > 1 and seen and left and lines(out/"found.jsonl") > 1: # the last part to end was taken in before it was seen whole
                 late = min(seen.values(), key=lambda at: at[-1][1])
                 late.append((time.time(), late[-1][1] + left)); left = 0
+            if a.after and len(seen) == n and min(len(at) for at in seen.values()) > 1:
+                hold(a, p)
+                for at in seen.values(): del at[2:] # what is measured begins anew
+                a.after = None
             if not left: break
             time.sleep(.02)
         if sum(at[-1][1] for at in seen.values()) < a.asked*n and p.poll(): raise ended(p, out/"log.txt")
     finally:
-        try: p.wait(20)
+        try: p.wait(6)
         except subprocess.TimeoutExpired: stop(p)
     ends = [at[-1][0] for at in seen.values()]
     if len(ends) < n or min(len(at) for at in seen.values()) < 5: raise RuntimeError(f"{ {k: at[-1] for k, at in seen.items()} } in the time there was")
     t0, t1 = max(at[2][0] for at in seen.values()), min(ends) # all of them work: from the slowest one's second batch to the first one's last
     within = lambda at, t: max(k for when, k in at if when <= t)
     own = [(at[-1][1] - at[2][1])/(at[-1][0] - at[2][0]) for at in seen.values()]
-    spent = [at[-1][0] - at[2][0] for at in seen.values()]
-    return dict(what=a.agent, gpus=n, samples=sum(at[-1][1] for at in seen.values()), k=8, tokens=a.tokens, samples_per_s=round(sum(within(at, t1) - within(at, t0) for at in seen.values())/(t1 - t0), 4),
+    spent = [at[-1][1]/o for at, o in zip(seen.values(), own, strict=True)]
+    return dict(what=a.agent, gpus=n, samples=sum(at[-1][1] for at in seen.values()), k=8, queries=2, tokens=a.tokens, samples_per_s=round(sum(within(at, t1) - within(at, t0) for at in seen.values())/(t1 - t0), 4),
                 each=[round(o, 3) for o in own], imbalance=round(max(spent)*len(spent)/sum(spent), 4), start_s=round(min(at[1][0] for at in seen.values()) - began, 1), measured_s=round(t1 - t0, 1), **trace.over(t0, t1, gpus))
 
 
@@ -184,6 +222,7 @@ def main():
     p.add_argument("--parts", type=int, default=1, help="grad_accum")
     p.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights of the language model")
     p.add_argument("--no-checkpointing", action="store_true")
+    p.add_argument("--after", type=Path, help="the agent waits for this file once it is warm, so that its start goes beside something else that is measured")
     p.add_argument("--until", type=float, default=1e9, help="seconds after which nothing goes on")
     a = p.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # so that what was started is ended

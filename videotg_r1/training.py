@@ -331,7 +331,7 @@ def prune(
     for p in Path(out_dir).glob("checkpoint-*"):
         if sealed(p) is None: shutil.rmtree(p)
 
-# %% ../nbs/49_training.ipynb #b5c575c2
+# %% ../nbs/49_training.ipynb #0a108647
 def load_weights(
     model, # transformers model, or a peft model around one
     folder, # checkpoint with safetensors
@@ -347,7 +347,8 @@ def load_weights(
         if lost: raise ValueError(f"load_weights: {adapter} lacks {len(lost)} adapter weights, first {lost[0]}")
         return
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    fresh = type(base).from_pretrained(folder, dtype=base.dtype, use_safetensors=True)
+    widest = max((p.dtype for p in base.parameters()), key=lambda o: o.itemsize) # what is trained has 32 bits beside a tower in 16, and model.dtype is the tower's
+    fresh = type(base).from_pretrained(folder, dtype=widest, use_safetensors=True)
     base.load_state_dict(fresh.state_dict(), strict=True)
 
 # %% ../nbs/49_training.ipynb #2d9264f1
