@@ -132,21 +132,27 @@ def vtg(folder, *more):
     return subprocess.Popen(main, cwd=ROOT, start_new_session=True)
 
 
-def rehearse(folder, kill_after="train-videotg_r1", timeout_s=3600.):
+def rehearse(folder, kill_after="train-videotg_r1", timeout_s=3600., after_each=lambda: None, jobs=1):
     "Run; kill -9 when that stage's history has three rows; run again. Returns the report's folder and where training went on"
+    done, ended = set(), lambda: {p.parent.name for p in (folder/"runs/rehearsal").glob("*/SUCCESS")}
     run, end = vtg(folder, "--jobs", "1"), time.monotonic() + timeout_s
     history = folder/"runs/rehearsal"/kill_after/"training/history.jsonl"
     try:
         while run.poll() is None and time.monotonic() < end:
             if history.is_file() and history.read_bytes().count(b"\n") >= 3: break
             time.sleep(.1)
+            if len(now := ended()) > len(done): done = now; after_each()
         assert run.poll() is None, f"`vtg run` ended with {run.returncode} before it was killed"
     finally:
         if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
         run.wait()
     assert history.is_file(), f"{kill_after} had not begun after {timeout_s:.0f} s"
-    again = vtg(folder, "--jobs", "1")
-    try: assert again.wait(max(end - time.monotonic(), 1)) == 0, f"`vtg run`, called again, ended with {again.returncode}"
+    again = vtg(folder, "--jobs", str(jobs))
+    try:
+        while again.poll() is None and time.monotonic() < end:
+            time.sleep(.1)
+            if len(now := ended()) > len(done): done = now; after_each()
+        assert again.poll() == 0, f"`vtg run`, called again, ended with {again.returncode} (None: not within {timeout_s:.0f} s)"
     finally:
         if again.poll() is None: os.killpg(again.pid, signal.SIGKILL)
     result = json.loads((folder/"runs/rehearsal"/kill_after/"training/final/complete.json").read_text())["info"]
@@ -167,7 +173,7 @@ def measured(folder, trace):
     for j in jobs:
         at = folder/"runs/rehearsal"/j.name
         if not (at/"run.json").is_file(): continue
-        run, look = json.loads((at/"run.json").read_text()), outlook(j, sizes, CPU if cpu else card_of(gpus()[0].name), 1, CPU_RATES if cpu else RATES)
+        run, look = json.loads((at/"run.json").read_text()), outlook(j, sizes, CPU if cpu else card_of(gpus()[0].name), 1, CPU_RATES if cpu else RATES, to_limit=True) # random weights do not end their answers
         row = dict(stage=j.name, attempts=run["attempts"], compute=run.get("compute", {}), predicted=look and dict(seconds=look.seconds, gb=look.gb, how=look.how))
         for o in run["attempts"]:
             o |= trace.over(o["started"], o["started"] + (o["wall_s"] or 0))
@@ -196,6 +202,7 @@ if __name__ == "__main__":
     p.add_argument("--steps", type=int, default=0, help="of training (default: as in params/rehearsal.yaml)")
     p.add_argument("--repeat", type=int, default=1, help="how often each query is asked, to make a run longer")
     p.add_argument("--set", nargs="*", default=[], metavar="section.name=value", help="over params/rehearsal.yaml, as shared.frames='{max_frames: 64}'")
+    p.add_argument("--jobs", type=int, default=1, help="stages at a time after the kill")
     p.add_argument("--until", type=float, default=3600., help="seconds after which it is given up")
     p.add_argument("--carry", action="store_true", help="only write to the folder what VTG_SHARED_DATA has to hold on a machine without decoders")
     a = p.parse_args()
@@ -209,9 +216,11 @@ if __name__ == "__main__":
     write_params(a.folder, a.device, a.steps, a.set)
     began, trace = time.monotonic(), Trace(a.device, a.folder/"runs/rehearsal")
     trace.begun = time.time()
-    try: report, resumed = rehearse(a.folder, timeout_s=a.until)
-    finally:
+    def keep(): # whoever ends this early has what was measured so far
         found = measured(a.folder, trace)
-        (a.folder/"measured.json").write_text(json.dumps(found))
-        print(*table(found), sep="\n", flush=True)
+        (a.folder/"measured.json.new").write_text(json.dumps(found))
+        (a.folder/"measured.json.new").replace(a.folder/"measured.json")
+        return found
+    try: report, resumed = rehearse(a.folder, timeout_s=a.until, after_each=keep, jobs=a.jobs)
+    finally: print(*table(keep()), sep="\n", flush=True)
     print(f"{report}/index.html after {time.monotonic() - began:.0f} s; killed once, training went on from step {resumed}")

@@ -2,8 +2,9 @@
 
     python tests/resume_noise.py OUT --device cuda --precision bf16
 
-Four processes train GRPO for --steps on the same samples with the same seed: twice without a break, once ended by SIGKILL and called again. On a GPU the first two differ
-by the order of additions in its kernels; a resumed run may differ by no more than that. Differences go to OUT/noise.json.
+Processes train GRPO for --steps on the same samples with the same seed: twice without a break, once ended by SIGKILL and called again, and once without a break but
+without what a process keeps between steps (features of frames, recorded graphs) after the step that the killed one goes on from: what resuming may change by rounding
+alone. Differences go to OUT/noise.json.
 """
 import argparse
 import json
@@ -24,11 +25,24 @@ def start(a, name):
     from videotg_r1.runners import TrainJob
     out = a.out/name
     out.mkdir(parents=True, exist_ok=True)
-    settings = dict(steps=a.steps, prompts_per_step=4, G=8, lr=1e-4, rewards=dict(iou=1.), max_completion_length=24, precision=a.precision, freeze_vision=True, skip_dead=False, save_steps=4)
+    settings = dict(steps=a.steps, prompts_per_step=4, G=8, lr=1e-4, rewards=dict(iou=1.), max_completion_length=24, precision=a.precision, freeze_vision=True, skip_dead=False, save_steps=a.save_steps)
     job = TrainJob(method="grpo", path=str(out/"training"), model="tiny", samples=a.samples, settings=settings, device=a.device)
     (out/"job.json").write_text(json.dumps(dict(kind="train", job=to_params(job))))
+    code = f"import sys; sys.path[:0] = {[str(ROOT), str(ROOT/'tests')]}; from resume_noise import work; work(*sys.argv[1:])"
     with open(out/"log.txt", "ab") as log:
-        return subprocess.Popen([sys.executable, "-m", "videotg_r1.runners", str(out/"job.json")], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+        return subprocess.Popen([sys.executable, "-c", code, str(out/"job.json"), str(a.save_steps*(name == "emptied"))], cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+def work(job, empty_at):
+    "A training; before the step after `empty_at`, if that is not 0, the policy forgets what it holds beside its weights"
+    from videotg_r1 import grpo, runners
+    look = grpo.VideoGRPO.look
+    def forgetful(self, qids):
+        if self.state.global_step == int(empty_at) > 0:
+            for k in ("features", "_recorded", "_decoder", "_writer"): vars(self.policy).pop(k, None)
+        return look(self, qids)
+    grpo.VideoGRPO.look = forgetful
+    runners.main([job])
 
 
 def rows(a, name):
@@ -47,7 +61,8 @@ def apart(a, one, two):
     gap, moved = (max((x[k] - y[k]).abs().max().item() for k in base) for x, y in (w, (w[0], base)))
     norm = lambda x, y: sum((x[k] - y[k]).pow(2).sum().item() for k in base)**.5
     first = next((x["step"] for x, y in zip(left, right, strict=True) if any(x.get(k) != y.get(k) for k in keys)), None)
-    return dict(curves=curves, weights=gap, moved=moved, relative=norm(*w)/norm(w[0], base), first_step_that_differs=first, steps=len(left))
+    flops = max(abs(x["total/flops"] - y["total/flops"]) for x, y in zip(left, right, strict=True)) # more where a process looked at clips again
+    return dict(curves=curves, flops=flops, weights=gap, moved=moved, relative=norm(*w)/norm(w[0], base), first_step_that_differs=first, steps=len(left))
 
 
 def main():
@@ -56,10 +71,11 @@ def main():
     p.add_argument("--device", default="cuda")
     p.add_argument("--precision", default="bf16", choices=["fp32", "bf16"])
     p.add_argument("--steps", type=int, default=12)
+    p.add_argument("--save-steps", type=int, default=4)
     a = p.parse_args()
     a.out = a.out.resolve()
     a.samples = write_work(a.out/"clips", 32, 16, 64, 8) # frames as they are: no decoder is needed
-    runs = {o: start(a, o) for o in ("one", "two", "killed")}
+    runs = {o: start(a, o) for o in ("one", "two", "emptied", "killed")}
     while runs["killed"].poll() is None and len(rows(a, "killed")) < a.steps//2: time.sleep(.02)
     at = len(rows(a, "killed"))
     if runs["killed"].poll() is None: os.killpg(runs["killed"].pid, signal.SIGKILL)
@@ -68,7 +84,7 @@ def main():
     for o, r in runs.items():
         if r.wait(): raise SystemExit(f"{o} ended with {r.returncode}: {(a.out/o/'log.txt').read_text()[-1500:]}")
     done = json.loads((a.out/"killed/training/final/complete.json").read_text())["info"]
-    found = dict(device=a.device, precision=a.precision, killed_after=at, resumed_from=done["resumed_from"], uninterrupted_twice=apart(a, "one", "two"), resumed=apart(a, "one", "killed"))
+    found = dict(device=a.device, precision=a.precision, killed_after=at, resumed_from=done["resumed_from"], uninterrupted_twice=apart(a, "one", "two"), emptied=apart(a, "one", "emptied"), resumed=apart(a, "one", "killed"))
     (a.out/"noise.json").write_text(json.dumps(found, indent=1) + "\n")
     print(json.dumps(found), flush=True)
 

@@ -12,6 +12,7 @@ from videotg_r1.engine import sample, token_logps
 from videotg_r1.grpo import GRPOSettings, train_grpo
 from videotg_r1.ledger import fingerprint
 from videotg_r1.policy import encode, frame_spec, load_policy, random_policy
+from videotg_r1.prediction import size_of
 from videotg_r1.records import Sample
 from videotg_r1.sft import SFTSettings, train_sft
 from videotg_r1.synthetic import write_video
@@ -264,9 +265,17 @@ def test_grpo_resumes_exactly(world, tmp_path, family):
     assert weights_digest(load_policy(out2["final"]).model) == weights_digest(ours.model)
 
 
-def test_a_policy_in_16_bits_resumes_exactly(world, tmp_path):
-    "As on a GPU: the tower stays in 16 bits, and what is trained is held in 32"
-    cfg = settings(steps=3, save_steps=2, precision="bf16", freeze_vision=True, lr=1e-4)
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_a_policy_in_16_bits_resumes_exactly(world, tmp_path, monkeypatch, lora_r):
+    "As on a GPU: what is frozen stays in 16 bits, and what is trained is held in 32"
+    cfg, look = settings(steps=3, save_steps=2, precision="bf16", freeze_vision=True, lr=1e-4, lora_r=lora_r), grpo.VideoGRPO.look
+    def types(self, qids):
+        assert {p.dtype for p in self.model.parameters() if p.requires_grad} == {torch.float32}
+        assert {p.dtype for p in self.model.parameters() if not p.requires_grad} == {torch.bfloat16}
+        size = size_of(self.policy.model.config.to_dict())                # what preflight says weights take
+        if lora_r: assert sum(p.nbytes for p in self.model.parameters()) == 2*size.total + 4*size.adapters(lora_r)
+        return look(self, qids)
+    monkeypatch.setattr(grpo.VideoGRPO, "look", types)
     def low():
         policy = random_policy(); policy.model.to(torch.bfloat16)
         return policy
