@@ -8,7 +8,7 @@ __all__ = ['YES_NO', 'by_video', 'plan_units', 'longest_first', 'check_fold', 'f
            'ask_yes', 'ask_further', 'check_broken', 'find', 'run_batches', 'write_found', 'part_path', 'take_in',
            'InProcess']
 
-# %% ../nbs/34_batches.ipynb #a61d6eee
+# %% ../nbs/34_batches.ipynb #e305dfea
 import itertools
 import time
 import warnings
@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from functools import singledispatch
 
 from .compute import model_shape, prompt_cost, total_cost
-from .engine import answer_probability, go_on, in_flight, inference, sample, seen
+from .engine import answer_probability, go_on, in_flight, inference, sample
 from .ledger import Ledger, fingerprint
 from .policy import frame_spec
 from .progress import bar
@@ -181,7 +181,7 @@ def ask_answers(
     costs = [replace(prompt_cost(shape, e, n, known=k), seconds=seconds) for e, n, k in zip(encodeds, tokens, known, strict=True)]
     return r.texts, tokens, costs
 
-# %% ../nbs/34_batches.ipynb #de2c8807
+# %% ../nbs/34_batches.ipynb #d0785333
 YES_NO = (("yes", "Yes"), ("no", "No"))     # however a model begins its answer
 
 @singledispatch
@@ -222,7 +222,7 @@ def ask_further(
         if not mine: continue
         new, encodeds = encodeds[:len(mine)], encodeds[len(mine):]
         own, seed = seed[:len(mine)], seed[len(mine):]
-        with inference(policy) as model: prompts = go_on(policy, part.part(mine), seen(policy, new), model)
+        with inference(policy) as model: prompts = go_on(policy, part.part(mine), new, model)
         out.append(ask_answers(policy, new, G, shape, max(16, len(new)), prompts=prompts, seed=own, **kwargs))
     return tuple(sum(o, []) for o in zip(*out, strict=True)) if out else ([], [], [])
 

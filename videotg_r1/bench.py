@@ -6,19 +6,20 @@
 __all__ = ['SHAPES', 'AXES', 'BENCHES', 'WIDTHS', 'BenchConfig', 'shaped_policy', 'Work', 'waves', 'make_clips', 'make_work',
            'Measured', 'release', 'told', 'measure', 'measure_fit', 'Machine', 'timer', 'machine', 'decode_bytes',
            'floor', 'video_flops', 'row', 'ours_learns', 'weights', 'rows_learn', 'grouper_learns', 'bench_learner',
-           'some_weights', 'results', 'bench_exact', 'ours_step', 'rows_step', 'updater', 'hidden_half', 'bench_step',
-           'rows_draw', 'ours_draw', 'asked', 'questions', 'reflect', 'rows_reflect', 'reflect_floor', 'bench_agents',
-           'bench_rollout', 'bench_vision', 'clip_files', 'bench_train', 'bench_data', 'scaled', 'bench_scaling',
-           'scaling_figure', 'scaling_panel', 'bench', 'bench_part', 'bench_head', 'bench_line', 'write_bench']
+           'some_weights', 'results', 'in_32_bits', 'bench_exact', 'ours_step', 'rows_step', 'updater', 'hidden_half',
+           'bench_step', 'rows_draw', 'ours_draw', 'asked', 'questions', 'reflect', 'rows_reflect', 'reflect_floor',
+           'bench_agents', 'bench_rollout', 'bench_vision', 'clip_files', 'bench_train', 'bench_data', 'scaled',
+           'bench_scaling', 'scaling_figure', 'scaling_panel', 'bench', 'bench_part', 'bench_head', 'bench_line',
+           'write_bench']
 
-# %% ../nbs/79_bench.ipynb #1f55b83b
+# %% ../nbs/79_bench.ipynb #67a6ce9a
 import gc
 import json
 import statistics
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from importlib.util import find_spec
@@ -431,7 +432,7 @@ def bench_learner(
         m = measure(w, partial(ours_learns, w))
         yield row(f"learner, {n} prompts at once", m, None, floor(w, machine, learns=True), int(w.answers.mask.sum()), f"{m.seconds*1e3/n:.0f} ms a prompt")
 
-# %% ../nbs/79_bench.ipynb #b0e887fd
+# %% ../nbs/79_bench.ipynb #a6ad38fd
 def some_weights(
     policy, # Policy
 ): # list of parameters
@@ -454,19 +455,32 @@ def results(
         with torch.no_grad(): logps = token_logps(p, seen(p, es), r.ids, r.mask)
     return logps[r.mask].float(), torch.cat([w.grad.float().flatten() for w in some_weights(p)])
 
+@contextmanager
+def in_32_bits(
+    policy, # Policy
+): # a context
+    "Its weights in 32 bits for a while; back in 16 they are what they were"
+    model = unwrap(policy.model)
+    dtype = model.dtype
+    model.zero_grad(); model.float()
+    try: yield
+    finally: model.zero_grad(); model.to(dtype)
+
 def bench_exact(
     work, # Work
     machine, # Machine
 ): # yields rows
-    "Differences between the engine and rows, beside those between rows"
-    w = work.first(1)
-    ours, many, one = (results(w, rows) for rows in (0, w.cfg.G, 1))
+    "How far the engine is from 32 bits, and how far rows are"
+    w, note = work.first(1), {}
+    ways = dict(ours=0, rows=w.answers.ids.shape[1], one=1)
+    with in_32_bits(work.policy): logps, gradient = results(w, 1)
+    for name, rows in ways.items():
+        a, b = results(w, rows)
+        note[name] = float((a - logps).abs().mean()), float((b - gradient).norm()/gradient.norm())
     release(work)
-    far = lambda a, b: (float((a[0] - b[0]).abs().mean()), float((a[1] - b[1]).norm()/b[1].norm()))
-    (a, b), (c, d) = far(ours, many), far(one, many)
-    note = (f"log-probabilities: ours {a:.1e} nats from rows, rows one at a time {c:.1e} (means); "
-            f"gradient: ours {b:.1e} from rows, rows one at a time {d:.1e} (relative)")
-    yield row("exact", note=note, ours_logps=a, rows_logps=c, ours_gradient=b, rows_gradient=d)
+    words = "; ".join(f"{name}: {a:.1e} nats, {b:.1e}" for name, (a, b) in note.items())
+    yield row("exact", note=f"log-probabilities (mean) and gradient (relative) from 32 bits: {words}",
+              **{f"{name}_{what}": x for name, pair in note.items() for what, x in zip(("logps", "gradient"), pair, strict=True)})
 
 # %% ../nbs/79_bench.ipynb #7391fd5d
 def ours_step(
@@ -566,7 +580,7 @@ def asked(
     "As many prompts as the agents ask together, each with a clip of its own"
     return Work(work.cfg, work.policy, *make_clips(work.cfg, work.policy, work.cfg.asked))
 
-# %% ../nbs/79_bench.ipynb #10a9baf5
+# %% ../nbs/79_bench.ipynb #f643184d
 def questions(
     work, # Work
 ): # two lists of Encoded
@@ -583,7 +597,7 @@ def reflect(
     first, then = questions(work)
     kept = []
     answer_probability(p, first, batch_size=len(first), kept=kept)
-    with torch.no_grad(): read = go_on(p, kept[0], seen(p, then))
+    with torch.no_grad(): read = go_on(p, kept[0], then)
     return sample(p, then, G=c.G, max_new_tokens=c.max_new_tokens, prompts=read, batch_size=len(first))
 
 def rows_reflect(

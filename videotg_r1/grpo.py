@@ -46,7 +46,7 @@ from videotg_r1.training import (
     world_size,
 )
 
-# %% ../nbs/51_grpo.ipynb #55148e10
+# %% ../nbs/51_grpo.ipynb #bd000d6a
 @settings
 class GRPOSettings:
     "All choices of a GRPO run"
@@ -82,7 +82,7 @@ class GRPOSettings:
     precision:str = "fp32" # fp32, or bf16 under autocast with fp32 weights
     gradient_checkpointing:bool = False # recompute activations: less memory, slower
     freeze_vision:bool = False # leave the vision tower as it is
-    compile:bool = False # compile the layers of the model: a minute at first, then faster steps; only on a GPU
+    compile:bool = False # compile the layers of the model, on a GPU alone: up to a minute at first; its gain was measured in the bench, not within a training
     lora_r:int = 0 # rank of adapters on the language model; 0: train the weights
     lora_alpha:int = 16 # scale of the adapters
     lora_dropout:float = 0. # in the adapters

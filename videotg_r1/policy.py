@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'VISION_TOKENS', 'SPECIAL_TOKENS', 'TAGS', 'CHAT_TEMPLATE', 'WORDS', 'CHUNKED', 'TEST_CORPUS',
-           'VIDEO_MARK', 'PixelSpec', 'patch_grid', 'to_patches', 'video_positions', 'unwrap', 'Family',
-           'never_sampled', 'end_ids', 'Policy', 'frame_spec', 'train_tokenizer', 'build_config', 'build_policy',
-           'chunk_attention', 'even_chunks', 'uneven_chunks', 'MatmulPatches', 'tower_plan', 'FeatureTower', 'WideMLP',
-           'fast_classes', 'prepare', 'random_policy', 'Encoded', 'chat_parts', 'video_pieces', 'encode',
-           'video_inputs', 'collate', 'FeatureCache', 'FeatureStore', 'pair_keys', 'tower_pass', 'see', 'no_bars',
-           'save_policy', 'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
+           'VIDEO_MARK', 'PixelSpec', 'patch_grid', 'sent', 'colours', 'to_patches', 'video_positions', 'unwrap',
+           'Family', 'never_sampled', 'end_ids', 'Policy', 'frame_spec', 'train_tokenizer', 'build_config',
+           'build_policy', 'chunk_attention', 'even_chunks', 'uneven_chunks', 'MatmulPatches', 'tower_plan',
+           'FeatureTower', 'WideMLP', 'fast_classes', 'prepare', 'random_policy', 'Encoded', 'chat_parts',
+           'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'FeatureStore', 'pair_keys',
+           'tower_pass', 'see', 'no_bars', 'save_policy', 'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
 
-# %% ../nbs/30_policy.ipynb #9ccd569a
+# %% ../nbs/30_policy.ipynb #15371e9e
 import itertools
 import json
 import re
@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from functools import cache, cached_property, singledispatch
+from functools import cache, cached_property, lru_cache, singledispatch
 from hashlib import sha256
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class PixelSpec:
         "Side of one visual token in pixels"
         return self.patch*self.merge
 
-# %% ../nbs/30_policy.ipynb #bf3cdd3a
+# %% ../nbs/30_policy.ipynb #040cd77f
 def patch_grid(
     frames, # [T,H,W,3] uint8, T even
     spec,   # PixelSpec of the tower
@@ -59,6 +59,22 @@ def patch_grid(
                          f"got {n} frames of {h}x{w}: read the clip with FrameSpec(factor={spec.factor})")
     return n//t, h//spec.patch, w//spec.patch
 
+def sent(
+    x,      # tensor
+    device, # where it is wanted
+): # the tensor there
+    "A tensor on its way: nobody waits for what the GPU has to do before"
+    away = x.device.type == "cpu" and torch.device(device).type == "cuda"
+    return x.pin_memory().to(device, non_blocking=True) if away else x.to(device)
+
+@cache
+def colours(
+    spec,   # PixelSpec
+    device, # where they are wanted
+): # [2,3,1,1,1] float32: mean and spread of each colour, of 0..255
+    "Colours of a tower, made once for each device: making them there lets a GPU wait"
+    return 255*torch.tensor([spec.mean, spec.std], device=device).view(2, 3, 1, 1, 1)
+
 def to_patches(
     frames, # [T,H,W,3] uint8, T even
     spec,   # PixelSpec of the tower
@@ -66,9 +82,8 @@ def to_patches(
     "Cut uint8 frames into normalised patches, one row each, on the device that holds them"
     x, grid, (t, p, m) = torch.as_tensor(frames), patch_grid(frames, spec), (spec.frames_per_pair, spec.patch, spec.merge)
     x = x.view(grid[0], t, grid[1]//m, m, p, grid[2]//m, m, p, 3).permute(0, 2, 5, 3, 6, 8, 1, 4, 7).contiguous()
-    scale = 255*torch.tensor(spec.std, device=x.device).view(3, 1, 1, 1)
-    shift = 255*torch.tensor(spec.mean, device=x.device).view(3, 1, 1, 1)
-    return x.float().sub_(shift).div_(scale).view(grid[0]*grid[1]*grid[2], -1), grid
+    mean, spread = colours(spec, x.device)
+    return x.float().sub_(mean).div_(spread).view(grid[0]*grid[1]*grid[2], -1), grid
 
 # %% ../nbs/30_policy.ipynb #f2d5d6f3
 def video_positions(
@@ -125,7 +140,7 @@ def end_ids(
     ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     return tuple(dict.fromkeys([*([ids] if isinstance(ids, int) else ids or ()), tokenizer.eos_token_id]))
 
-# %% ../nbs/30_policy.ipynb #f1a1d5b5
+# %% ../nbs/30_policy.ipynb #2ed17951
 @dataclass
 class Policy:
     "A video language model, its tokenizer, and what is needed to feed it"
@@ -175,6 +190,11 @@ class Policy:
     def suppressed_ids(self):
         "Ids that are never sampled"
         return never_sampled(self.tokenizer.get_vocab(), self.config.text_config.vocab_size)
+
+    @cached_property
+    def constant_ids(self):
+        "Function from a text that comes again and again to its ids"
+        return lru_cache(1 << 14)(lambda text: tuple(self.tokenizer(text, add_special_tokens=False).input_ids))
 
     @cached_property
     def features(self):
@@ -341,7 +361,7 @@ class MatmulPatches:
         w = self.proj.weight
         return F.linear(hidden_states.to(w.dtype).reshape(-1, w[0].numel()), w.flatten(1), self.proj.bias)
 
-# %% ../nbs/30_policy.ipynb #4c31d51b
+# %% ../nbs/30_policy.ipynb #b07a89ba
 def tower_plan(
     tower,  # transformers' vision tower
     grids,  # list of [pairs, patches down, patches across]
@@ -359,7 +379,7 @@ def tower_plan(
         at, share = own.get_vision_interpolation_indices_and_weights(g, num_grid_per_side=tower.num_grid_per_side, mode=tower.interpolation_mode,
             align_corners=tower.interpolation_align_corners, spatial_merge_size=merge)
         plan |= dict(interp_indices=at, interp_weights=share)
-    return {k: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for k, v in plan.items()}
+    return {k: sent(v, device) if torch.is_tensor(v) else v for k, v in plan.items()}
 
 # %% ../nbs/30_policy.ipynb #5d0fbd90
 class FeatureTower:
@@ -473,7 +493,7 @@ def chat_parts(
     assert found, f"the chat template of {policy.name} dropped the video mark"
     return head, tail
 
-# %% ../nbs/30_policy.ipynb #df1eaa63
+# %% ../nbs/30_policy.ipynb #f5b8fb63
 def video_pieces(
     policy,   # Policy
     head,     # text before the video
@@ -482,16 +502,16 @@ def video_pieces(
     per_pair, # visual tokens in a pair
 ): # list of (ids, pair or -1, whether these are visual tokens)
     "Tokenise a prompt piece by piece, with the video expanded"
-    ids = lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids
+    known, ids = policy.constant_ids, lambda text: policy.tokenizer(text, add_special_tokens=False).input_ids
     vis, pairs = [policy.video_token_id]*per_pair, range(len(pair_ts))
     if not FAMILIES[policy.family].timestamps:
-        return [(ids(head + "<|vision_start|>"), -1, False), *((vis, i, True) for i in pairs),
+        return [(known(head + "<|vision_start|>"), -1, False), *((vis, i, True) for i in pairs),
                 (ids("<|vision_end|>" + tail), -1, False)]
-    blocks = (((ids(f"<{pair_ts[i]:.1f} seconds><|vision_start|>"), i, False), (vis, i, True),
-               (ids("<|vision_end|>"), i, False)) for i in pairs)
-    return [(ids(head), -1, False), *itertools.chain.from_iterable(blocks), (ids(tail), -1, False)]
+    blocks = (((known(f"<{pair_ts[i]:.1f} seconds><|vision_start|>"), i, False), (vis, i, True),
+               (known("<|vision_end|>"), i, False)) for i in pairs)
+    return [(known(head), -1, False), *itertools.chain.from_iterable(blocks), (ids(tail), -1, False)]
 
-# %% ../nbs/30_policy.ipynb #45cf6185
+# %% ../nbs/30_policy.ipynb #5fbff650
 @singledispatch
 def encode(
     policy,    # Policy
@@ -508,22 +528,21 @@ def encode(
     if not clip.fps > 0: raise ValueError(f"encode: clip.fps must be the sampled frames per second, above 0, got {clip.fps}")
     seconds, merged = spec.frames_per_pair/float(clip.fps), (H//spec.merge, W//spec.merge)
     ts = [float(t) for t in torch.as_tensor(clip.frame_ts, dtype=torch.float64).view(T, -1).mean(1)]
-    ids, positions, kept, at, stays = [], [], [], 0, keep.tolist()
-    for video, run in itertools.groupby(video_pieces(policy, *chat_parts(policy, prompt), ts, merged[0]*merged[1]),
-                                        key=lambda piece: piece[2]):
+    pieces, stays = video_pieces(policy, *chat_parts(policy, prompt), ts, merged[0]*merged[1]), keep.tolist()
+    ids, positions, at = [], [], 0
+    for video, run in itertools.groupby(pieces, key=lambda piece: piece[2]):
         run = list(run)
-        new = [i for piece in run for i in piece[0]]
+        new = torch.tensor([i for piece in run for i in piece[0]]) if not video else torch.full((len(run)*len(run[0][0]),), policy.video_token_id)
         p = (video_positions(at, (len(run), *merged), seconds, policy.tokens_per_second) if video
              else torch.arange(at, at + len(new)).expand(3, -1))
-        kept += [o for piece, pair, _ in run for o in [pair < 0 or stays[pair]]*len(piece)]
-        ids += new; positions.append(p); at = int(p.max()) + 1
-    kept, n = torch.tensor(kept), int(keep.sum())
-    frames = torch.as_tensor(clip.frames)
+        ids.append(new); positions.append(p); at = int(p.max()) + 1
+    sizes, stay = torch.tensor([len(o) for o, *_ in pieces]), torch.tensor([pair < 0 or stays[pair] for _, pair, _ in pieces])
+    kept, n, frames = stay.repeat_interleave(sizes), int(keep.sum()), torch.as_tensor(clip.frames)
     if n < T: frames = frames[keep.repeat_interleave(spec.frames_per_pair)]
-    return Encoded(torch.tensor(ids)[kept], torch.cat(positions, 1)[:, kept], at, frames, spec, torch.tensor([[n, H, W]]),
+    return Encoded(torch.cat(ids)[kept], torch.cat(positions, 1)[:, kept], at, frames, spec, torch.tensor([[n, H, W]]),
                    seconds, n*merged[0]*merged[1])
 
-# %% ../nbs/30_policy.ipynb #14d74bb9
+# %% ../nbs/30_policy.ipynb #087c5623
 def video_inputs(
     policy,   # Policy
     encodeds, # list of Encoded
@@ -531,8 +550,9 @@ def video_inputs(
     "What the tower gets: features where all of them are known, else patches, cut where the model is"
     dev, known = policy.device, all(e.features is not None for e in encodeds)
     one = lambda e: e.features if known else e.pixel_values if dev.type == "cpu" else to_patches(e.frames.to(dev), e.pixels)[0]
+    grids = torch.cat([e.grid_thw for e in encodeds])
     return {"pixel_values_videos": torch.cat([one(e) for e in encodeds]).to(dev),
-            "video_grid_thw": torch.cat([e.grid_thw for e in encodeds]).to(dev)}
+            "video_grid_thw": grids if known else grids.to(dev)}                     # features need theirs on the CPU
 
 def collate(
     policy,   # Policy
@@ -647,18 +667,19 @@ def put(self:FeatureStore,
             if over <= 0: break
             self.base.execute("delete from pairs where key = ?", (key,)); over -= size
 
-# %% ../nbs/30_policy.ipynb #f886bfbf
+# %% ../nbs/30_policy.ipynb #f94f6e3d
 def pair_keys(
     encodeds, # list of Encoded
-): # for each a list of keys, one for each pair
-    "What tells one pair of frames from another"
+): # yields for each a list of keys, one for each pair
+    "What tells one pair of frames from another; later clips are hashed while the first are worked on"
     pairs = [e.frames.numpy().reshape(int(e.grid_thw[0, 0]), -1) for e in encodeds]
-    rows, digest = [row for clip in pairs for row in clip], lambda row: sha256(row).digest()[:16]
-    if sum(row.nbytes for row in rows) < 1 << 22: found = map(digest, rows)
-    else:
-        with ThreadPoolExecutor(8) as pool: found = pool.map(digest, rows)    # hashing lets go of the interpreter
-    found = iter(found)
-    return [[(*e.grid_thw[0, 1:].tolist(), next(found)) for _ in clip] for e, clip in zip(encodeds, pairs, strict=True)]
+    some, digests = [clip[i:i + 8] for clip in pairs for i in range(0, len(clip), 8)], lambda rows: [sha256(row).digest()[:16] for row in rows]
+    with ThreadPoolExecutor(8) as pool:
+        many = sum(clip.nbytes for clip in pairs) >= 1 << 22
+        found = itertools.chain.from_iterable((pool.map if many else map)(digests, some))     # hashing lets go of the interpreter
+        for e, clip in zip(encodeds, pairs, strict=True):
+            size = e.grid_thw[0, 1:].tolist()
+            yield [(*size, next(found)) for _ in clip]
 
 def tower_pass(
     policy, # Policy
@@ -674,7 +695,7 @@ def tower_pass(
     rows = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or ())], -1)
     return rows.view(width, -1, rows.shape[-1])[:len(pairs)]
 
-# %% ../nbs/30_policy.ipynb #40fa4aaf
+# %% ../nbs/30_policy.ipynb #889cc59f
 def see(
     policy,     # Policy whose tower stays as it is while the features are used
     encodeds,   # list of Encoded
@@ -682,24 +703,23 @@ def see(
     width=0,    # pairs in a pass; 0: 32, and on a GPU up to 128 where there are so many
 ): # (new Encodeds with `features`, number of pairs that went through the tower)
     "Look at each different pair of frames once"
-    cache = (policy.features if cache is None else cache).of(unwrap(policy.model).model.visual)
-    keys, pair_of, known, n = pair_keys(encodeds), {}, {}, policy.processor.frames_per_pair
-    for e, ks in zip(encodeds, keys, strict=True):
-        for k, o in zip(ks, e.frames.split(n), strict=True): pair_of.setdefault(k, o)
-    for k in pair_of:
-        if (f := cache.get(k)) is not None: known[k] = f
-    if cache.store:
-        for k, f in cache.store.get([k for k in pair_of if k not in known], policy.device).items(): known[k] = f; cache.put(k, f)
-    new = sorted((k for k in pair_of if k not in known), key=lambda key: key[:2])
-    with torch.no_grad():
-        for _, same in itertools.groupby(new, key=lambda key: key[:2]):
-            same = list(same)
-            size = width or 32*(min(4, -(-len(same)//32)) if policy.device.type == "cuda" else 1)
-            for part in (same[i:i + size] for i in range(0, len(same), size)):
-                for k, f in zip(part, tower_pass(policy, [pair_of[k] for k in part], size), strict=True):
-                    known[k] = f.clone(); cache.put(k, known[k])
-    if cache.store: cache.store.put({k: known[k] for k in new})
-    return [replace(e, features=torch.cat([known[k] for k in ks])) for e, ks in zip(encodeds, keys, strict=True)], len(new)
+    cache, dev, n = (policy.features if cache is None else cache).of(unwrap(policy.model).model.visual), policy.device, policy.processor.frames_per_pair
+    most, keys, known, waiting, looked = width or (128 if dev.type == "cuda" else 32), [], {}, {}, []
+    @torch.no_grad()
+    def look(some):
+        for k, f in zip(some, tower_pass(policy, [*some.values()], width or -(-len(some)//32)*32), strict=True):
+            known[k] = f.clone(); cache.put(k, known[k]); looked.append(k)
+    for e, ks in zip(encodeds, pair_keys(encodeds), strict=True):
+        new = {k: o for k, o in zip(ks, e.frames.split(n), strict=True) if k not in known}
+        keys.append(ks); known.update((k, cache.get(k)) for k in new)
+        for k, f in cache.store.get([k for k in new if known[k] is None], dev).items() if cache.store else (): known[k] = f; cache.put(k, f)
+        for k in new:
+            if known[k] is None:
+                some = waiting.setdefault(k[:2], {}); some[k] = new[k]     # pairs of one size, until a pass is full
+                if len(some) == most: look(waiting.pop(k[:2]))
+    for some in waiting.values(): look(some)
+    if cache.store: cache.store.put({k: known[k] for k in looked})
+    return [replace(e, features=torch.cat([known[k] for k in ks])) for e, ks in zip(encodeds, keys, strict=True)], len(looked)
 
 # %% ../nbs/30_policy.ipynb #5324693f
 @contextmanager
