@@ -1,7 +1,12 @@
 "The dress rehearsal in miniature: real tokenizer, real clips, random weights loaded from a folder, every stage, killed once"
 import json
 import os
+import subprocess
+import sys
+import threading
+import time
 
+import psutil
 import pytest
 import rehearsal
 import scaling
@@ -46,3 +51,22 @@ def test_what_is_measured_on_several_gpus_is_held_against_one(tmp_path):
     trace.rows = [(t, [10*t], [float(t)]) for t in range(5)]
     trace.grown = [(1., "reflect/a.jsonl", 1), (2., "reflect/a.jsonl", 9), (3., "reflect-2/a.jsonl", 1)]
     assert trace.over(1, 3) == dict(util=[20], peak_gib=[3.]) and trace.work("reflect", 0, 9) == (1., 2.) and trace.work("reflect", 0, 1) is None
+
+
+def test_warm_processes_wait_for_what_is_measured_beside_them(tmp_path):
+    p = subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(120)'], start_new_session=True)"])
+    a, seen = type("args", (), dict(after=tmp_path/"go", until=1e9))(), []
+    end = time.monotonic() + 60
+    while len(scaling.family(p)) < 2 and time.monotonic() < end: time.sleep(.05)
+    def look():
+        states = lambda: {o.status() for o in scaling.family(p)}
+        while states() != {psutil.STATUS_STOPPED} and time.monotonic() < end: time.sleep(.05)
+        seen.append(states()); a.after.touch()
+    watch = threading.Thread(target=look); watch.start()
+    try:
+        scaling.hold(a, p); watch.join()
+        assert seen == [{psutil.STATUS_STOPPED}] and psutil.STATUS_STOPPED not in {o.status() for o in scaling.family(p)}
+        ours = scaling.family(p)
+    finally: scaling.stop(p)
+    left = psutil.wait_procs(ours, timeout=5)[1]
+    assert len(ours) == 2 and all(o.status() == psutil.STATUS_ZOMBIE for o in left)     # nobody may have asked for a grandchild's end

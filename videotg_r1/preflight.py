@@ -77,8 +77,8 @@ def check_data(
     sizes |= dict(videos=len(seconds), mean_s=sum(seconds.values())/len(seconds), longest_s=max(seconds.values()))
     return found, sizes, [o for c in checked for o in unusable(c)]
 
-# %% ../nbs/81_preflight.ipynb #67971d79
-CPU, CPU_RATES = Card(7e10, 1e10, 0), Rates(1., .72, .05, .004, least_s=0., adapters_s=0., update_bytes=0., load_s=10., source="the quick start on idle CPU cores, one a stage")
+# %% ../nbs/81_preflight.ipynb #8891cd82
+CPU, CPU_RATES = Card(7e10, 1e10, 0), Rates(1., .72, .05, .004, least_s=0., answer_s=0., adapters_s=0., update_bytes=0., load_s=10., source="the quick start on idle CPU cores, one a stage")
 
 def told_by(
     name:str, # tiny, random-<family>, a folder, or a hub id
@@ -126,7 +126,7 @@ def variants_of(
     method = lambda v: v.get("method", "grpo")
     return [(training_of(p | dict(method=method(v)), gpus, v.get("settings")), (p[method(v)] | v.get("settings", {})).get("steps", 100)) for v in p["variants"].values()]
 
-# %% ../nbs/81_preflight.ipynb #91a62aa3
+# %% ../nbs/81_preflight.ipynb #1b8949a6
 @dataclass(frozen=True)
 class Outlook:
     "What a stage is predicted to need"
@@ -143,6 +143,7 @@ def outlook(
     card:Card, # each GPU
     gpus:int=1, # of the machine
     rates:Rates=RATES, # what was measured
+    to_limit:bool=False, # answers are as long as they may be, as those of random weights
 )->Outlook|None: # None for a stage without a model of its own, or of unknown size
     "Time and memory of a stage"
     p = job.params
@@ -153,7 +154,9 @@ def outlook(
     k = dict(reflect=s.get("k", 4), estimate=s.get("k", 8)).get(job.stage, 1)
     need = agent_gb(size, longest, 16, k, s.get("max_new_tokens", 64))
     queries = (sizes["train"] + sizes["heldout"])/max(sizes["videos"], 1)
-    ask = lambda stage, m: m*agent_s(stage, size, mean, card, k, s.get("max_proposals", 3), rates=rates, queries=queries)/n
+    tokens = s.get("max_new_tokens", 64) if to_limit else ANSWER_TOKENS
+    ask = lambda stage, m: m*agent_s(stage, size, mean, card, k, s.get("max_proposals", 3), rates=rates, queries=queries, tokens=tokens)/n
+    if to_limit: runs = [(replace(t, tokens=t.longest), steps) for t,steps in runs]
     if not runs:
         samples = sizes["heldout"] if job.stage == "evaluate" else sizes["train"] + (s.get("calibrate_n", 200)*2/5 if job.stage == "reflect" else 0)
         return Outlook(job.name, ask(job.stage, p.get("max_samples") or samples) + rates.load_s, n, sum(need.values()), words(need), "" if
