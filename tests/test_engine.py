@@ -246,16 +246,16 @@ def test_a_compiled_layer_is_one_graph_for_all_rows(monkeypatch):
     "As on a GPU in 16 bits, with the kernels replaced: no break, the same numbers, and other rows compile nothing anew"
     from torch._dynamo.utils import counters
 
-    from videotg_r1 import engine
+    from videotg_r1 import attention
     p = random_policy()
     es = prompts(p)
     r = sample(p, es, G=3, max_new_tokens=6)
     score = lambda which: token_logps(p, [es[i] for i in which], r.ids[which], r.mask[which]).detach()
     with torch.no_grad():
         want = {which: score([*which]) for which in ((0, 1, 2), (3,), (2, 1))}
-        monkeypatch.setattr(engine, "flashes", lambda policy: True)
-        monkeypatch.setattr(engine, "flash", exact_flash)
-        engine.compile_layers(p, backend="eager")
+        monkeypatch.setattr(attention, "flashes", lambda policy: True)
+        monkeypatch.setattr(attention, "flash", exact_flash)
+        attention.compile_layers(p, backend="eager")
         torch._dynamo.reset(); counters.clear()
         graphs, got = [], []
         for which in want:

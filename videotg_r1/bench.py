@@ -29,10 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .attention import compile_layers
 from .compute import flops, model_shape, text_flops, vision_flops
 from .config import settings
 from .conventional import by_length, conventional, generated, grouped_logps, learn, recomputed, row_logps, stock
-from .engine import answer_probability, common_prefix, compile_layers, go_on, prefill, sample, seen, token_bytes, token_logps
+from .engine import answer_probability, common_prefix, go_on, prefill, sample, seen, token_bytes, token_logps
 from .grpo import GRPOSettings, train_grpo
 from .plots import canvas, save_png
 from videotg_r1.policy import (

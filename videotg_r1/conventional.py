@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .engine import fused, generate_kwargs
+from .attention import fused
+from .engine import generate_kwargs
 from .policy import CHUNKED, collate, prepare, unwrap
 
 # %% ../nbs/37_conventional.ipynb #1a80e88c

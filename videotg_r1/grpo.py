@@ -14,10 +14,11 @@ from statistics import mean
 
 from fastcore.basics import patch
 
+from .attention import compile_layers
 from .batches import task_prompt, within_memory
 from .compute import flops, model_shape, vision_flops
 from .config import settings, to_params
-from .engine import compile_layers, in_flight, prefill, sample, token_logps, uniforms
+from .engine import in_flight, prefill, sample, token_logps, uniforms
 from .ledger import fingerprint
 from .policy import encode, save_policy, see, unwrap
 from .policy import frame_spec as policy_frames
