@@ -1,5 +1,6 @@
 "The committed reports of evidence say what their cells say, and the program of cells runs, stops and goes on."
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,13 @@ def test_every_number_of_the_evidence_is_computed_from_its_cells():
     from videotg_r1.evidence import check_reports
     if not list(REPORTS.glob("evidence-*")): pytest.skip("no report of evidence is committed")
     for name,wrong in check_reports(REPORTS).items(): assert not wrong, f"reports/{name}/README.md: {wrong}"
+
+
+def test_the_first_screen_says_what_the_reports_say():
+    said = (ROOT/"README.md").read_text().split("**Does a tenth of the data do?**")[1].split("![")[0]
+    found = re.findall(r"-?\+?\d\.\d{3} \[[^]]+\]", " ".join(said.split()))
+    texts = " ".join(p.read_text() for p in REPORTS.glob("evidence-*/README.md"))
+    assert len(found) > 5 and not [f for f in found if f not in texts]
 
 
 @pytest.mark.parametrize("folder", sorted(REPORTS.glob("evidence-*")), ids=lambda p: p.name)
@@ -43,6 +51,7 @@ def test_a_program_goes_on_where_it_was(tmp_path):
                      for k,v in lab["worlds"].items() if k in ("pool", "test")}
     lab["grpo"] = lab["grpo"] | dict(steps=1, prompts_per_step=2, G=2, lr=1e-4)
     arms = [dict(experiment="masking", seeds=[0], budget=4, masks=["linear"], controls=["plain"])]
+    with pytest.raises(ValueError, match="no part of the program makes choice"): run_program(dict(lab=lab | dict(lrs=dict(grpo=[1e-4])), program=arms), tmp_path/"lacking")
     first = run_program(dict(lab=lab, program=arms), tmp_path, workers=1, keep=str(tmp_path/"kept.tar.gz"))
     assert (first["done"], first["failed"], first["left"]) == (3, 0, 0)
     files = {p: p.stat().st_mtime_ns for p in (tmp_path/"cells").iterdir()}
@@ -57,3 +66,7 @@ def test_a_program_goes_on_where_it_was(tmp_path):
     assert run_program(dict(lab=lab, program=arms), tmp_path, workers=1)["done"] == 3
     alone = json.loads(after_another.read_text())
     assert alone["history"] == r["history"] and alone["tests"]["test"]["ious"] == r["tests"]["test"]["ious"], "what a process did before changes nothing"
+    known = {p.stem: json.loads(p.read_text()) for p in (tmp_path/"cells").iterdir()}
+    once_more = run_program(dict(lab=lab, program=arms), tmp_path/"again", workers=1, only=["mask-linear-4-s1-0"], known=known)
+    assert (once_more["done"], once_more["left"]) == (1, 0) and not (tmp_path/"again/cells/mask-none-4-s1-0.json").exists()
+    assert json.loads((tmp_path/"again/cells/mask-linear-4-s1-0.json").read_text())["tests"]["test"]["ious"] == r["tests"]["test"]["ious"], "one cell again, what it builds on taken from a report"

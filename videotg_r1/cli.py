@@ -341,9 +341,9 @@ def merge(
         if names: say(f"missing: {len(names)} {what}, first {', '.join(map(str, names[:3]))}", file=sys.stderr)
     return int(bool(found["absent"] or found["missing"]))
 
-# %% ../nbs/82_cli.ipynb #27f2a122
+# %% ../nbs/82_cli.ipynb #06d86c9f
 def evidence(
-    args, # params, out, workers, deadline, reports, count
+    args, # params, out, workers, deadline, only, known, reports, count
 )->int: # 1 if a cell failed
     "do what is left of a program of experiments, and write its reports"
     params, bad = params_of(args.params), 0
@@ -355,9 +355,14 @@ def evidence(
             say(f"{r['left']:4d} {r['cells']:5d} {r['trainings']:9d} {r['prompts']:7d} {r['part']}")
         return 0
     if args.deadline:
-        found = lib("experiments").run_program(params, args.out, args.workers, args.deadline)
+        only = list(filter(None, args.only.split(",")))
+        known = lib("evidence").Evidence.read(args.known).cells if args.known else {}
+        found = lib("experiments").run_program(params, args.out, args.workers, args.deadline, only=only, known=known)
         bad = found["failed"]
         say(", ".join(f"{v} {k}" for k,v in found.items()) + f" ({args.out})")
+        for name in only:
+            for there,cell in (("now", lib("evidence").read_program(args.out).get(name)), ("known", known.get(name))):
+                if cell: say(f"{name}, {there}: " + ", ".join(f"mIoU {o['mIoU']:.4f} on {t}" for t,o in cell.get("tests", {}).items()))
     if args.reports:
         e = lib("evidence")
         for folder in e.write_reports(params["lab"], e.read_program(args.out), args.reports): say(f"{folder/'README.md'}")
@@ -369,7 +374,7 @@ VALUES = ("values", dict(nargs="*", metavar="name=value", help="values, read as 
 STALL = ("--stall", dict(type=float, default=None, metavar="SECONDS", help="end a stage that gives no sign of life for so long (default: stall_s of the params file, or 1800)"))
 FORCE = ("--force", dict(action="store_true", help="replace results of other parameters instead of refusing"))
 
-# %% ../nbs/82_cli.ipynb #ad447498
+# %% ../nbs/82_cli.ipynb #d8e6642f
 DATA_VERBS = {
     "data": (data, [("name", dict(help="a set, as in charades_sta or jsonl, or a params file")),
                     ("--root", dict(default="", help="folder of the sets, in VideoMind's layout (default: data, or what the params file says)")),
@@ -392,6 +397,8 @@ DATA_VERBS = {
                             ("--workers", dict(type=int, default=1, help="processes that share the machine and its cards (default: 1)")),
                             ("--count", dict(action="store_true", help="only say how much each part of the program is, and what is left of it")),
                             ("--deadline", dict(type=float, default=float("inf"), metavar="SECONDS", help="start no cell after it; 0 runs nothing (default: none)")),
+                            ("--only", dict(default="", help="names of cells to do, by commas, with what they build on, as grpo-1000-s1-0 (default: all)")),
+                            ("--known", dict(default="", metavar="CELLS", help="cells.json.xz of a report; what --only builds on is taken from there, not done again")),
                             ("--reports", dict(default="", help="folder to write the reports of what is done to (default: none are written)"))]),
 }
 

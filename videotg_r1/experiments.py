@@ -11,10 +11,9 @@ __all__ = ['WATCHED', 'RUN', 'MASK', 'WAYS', 'HINT', 'ALL', 'MASKS', 'STEPS_TIME
            'run_cell', 'visible_cards', 'attend_cells', 'Crew', 'next_cell', 'visits', 'duration', 'save_cells',
            'run_cells', 'agent_needs', 'reflect_cells', 'estimate_cells', 'train_cells', 'base', 'tune', 'zero',
            'partial_arms', 'partial', 'reflection', 'ablation_arms', 'ablation', 'headline_arms', 'headline', 'masking',
-           'difficulty', 'sensitivity', 'program', 'listing', 'own_lab', 'run_program']
+           'difficulty', 'sensitivity', 'program', 'listing', 'own_lab', 'only_some', 'run_program']
 
-# %% ../nbs/64_experiments.ipynb #44701130
-import base64
+# %% ../nbs/64_experiments.ipynb #dd4e2cc0
 import json
 import os
 import shutil
@@ -22,7 +21,6 @@ import tarfile
 import tempfile
 import time
 import traceback
-import zlib
 from dataclasses import field, replace
 from multiprocessing import get_context
 from multiprocessing.connection import wait
@@ -81,7 +79,7 @@ class Cell:
     tests:tuple[str, ...] = ("test",) # worlds to test on
     needs:tuple[str, ...] = () # cells that must be done before
 
-# %% ../nbs/64_experiments.ipynb #5da5bb5d
+# %% ../nbs/64_experiments.ipynb #0326ae24
 def pack(
     values, # numbers in [0,1]; NaN is not allowed
     top:int=250, # resolution: stored as multiples of 1/top; up to 255, or 65535
@@ -89,14 +87,14 @@ def pack(
     "Numbers in [0,1] as text"
     a = np.asarray(values, float)
     if a.size and not (a.min() >= 0 and a.max() <= 1): raise ValueError(f"pack: values must be in [0,1], got {a.min()} to {a.max()}")
-    return base64.b64encode(zlib.compress((a*top).round().astype("u1" if top < 256 else "<u2").tobytes(), 9)).decode()
+    return (a*top).round().astype("u1" if top < 256 else "<u2").tobytes().hex()
 
 def unpack(
     text:str, # of `pack`
     top:int=250, # as given to `pack`
 )->np.ndarray: # [N] numbers in [0,1]
     "What was packed"
-    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "u1" if top < 256 else "<u2").astype(float)/top
+    return np.frombuffer(bytes.fromhex(text), "u1" if top < 256 else "<u2").astype(float)/top
 
 # %% ../nbs/64_experiments.ipynb #cd2aa74d
 def unseen_pairs()->set: # of (colour, shape) in words
@@ -666,7 +664,7 @@ def reflection(lab:Lab, seeds=(), bases=(), looks=("",), world="contaminated")->
     "Passes of BRA, in other ways too; nothing is trained"
     return [c for b in bases or lab.bases for o in looks for c in reflect_cells(lab, b, world, look=o)]
 
-# %% ../nbs/64_experiments.ipynb #f3d88403
+# %% ../nbs/64_experiments.ipynb #6d1bc963
 def ablation_arms(
     budget:int, # samples
 )->dict: # name -> Cell fields
@@ -690,7 +688,7 @@ def headline_arms(
     "One point of each curve"
     every = dict(sft=dict(method="sft"), grpo={}, timer1=dict(select="gaussian"), timelens=dict(select="timelens"), variance=dict(select="variance"),
                  videotg=dict(filter="bra", select="videotg" if budget else "random", curriculum=MASK),
-                 bra=dict(filter="bra"), oracle=dict(filter="oracle"), clean=dict(contamination=0.))
+                 bra=dict(filter="bra"), oracle=dict(filter="oracle"), clean=dict(contamination=0.), again={})     # again: GRPO once more, for other tests
     named = {m: f"grpo-bra-sel-mask-{budget}" if m == "videotg" and budget else f"{m}-{budget or 'all'}" for m in methods}
     return {named[m]: dict(budget=budget, **every[m]) for m in methods}
 
@@ -704,10 +702,10 @@ def headline(lab:Lab, seeds=(0,), bases=(), budgets=(1000,), methods=("sft", "gr
             arms[name] = c if not passes or steps == getattr(lab, method)["steps"] else c | dict(settings=dict(steps=steps))
     return train_cells(lab, arms, seeds, bases, tests=tuple(tests))
 
-# %% ../nbs/64_experiments.ipynb #ad95f856
+# %% ../nbs/64_experiments.ipynb #7aef60a0
 HINT = MASK | dict(transfer="all")
 ALL = MASK | dict(min_difficulty=0., start=1.)
-MASKS = {"linear": MASK, "full": MASK | dict(start=1.), "symmetric": MASK | dict(window="symmetric"), "wide": MASK | dict(window="wide", start=1.),
+MASKS = {"linear": MASK, "quarter": MASK | dict(start=.25), "full": MASK | dict(start=1.), "symmetric": MASK | dict(window="symmetric"), "wide": MASK | dict(window="wide", start=1.),
          "drop": MASK | dict(how="drop"), "half": MASK | dict(masked_share=.5), "adaptive": MASK | dict(schedule="adaptive", start=1., until=.8),
          "own": MASK | dict(schedule="adaptive", scope="sample", start=1., until=.8), "step": MASK | dict(schedule="step"),
          "blankall": ALL, "dropall": ALL | dict(how="drop"), "dropmore": ALL | dict(how="drop"), "hint": HINT, "hintseq": HINT | dict(transfer_weight="sequence"),
@@ -784,7 +782,21 @@ def own_lab(
         raise ValueError(f"own_lab: {out} holds cells of another lab ({'; '.join(changes)[:600]}): take another folder")
     write_atomic(path, json.dumps(mine, indent=1))
 
-# %% ../nbs/64_experiments.ipynb #e015c08c
+# %% ../nbs/64_experiments.ipynb #47c422c8
+def only_some(
+    cells, # list of Cell
+    names, # of cells
+    known=(), # names of cells that need not be done
+)->list: # of Cell: these, and what they need
+    "Part of a program"
+    by, todo, out = {c.name: c for c in cells}, list(names), set()
+    if wrong := sorted(set(names) - set(by)): raise ValueError(f"only_some: no cell of the program is called {', '.join(wrong)}; grpo-1000-s1-0 is such a name: arm, base, seed")
+    while todo:
+        name = todo.pop()
+        if name not in out: out.add(name); todo += [n for n in by[name].needs if n not in known]
+    return [c for c in cells if c.name in out]
+
+# %% ../nbs/64_experiments.ipynb #279ccc83
 def run_program(
     params:dict, # lab: Lab fields; program: list of parts
     out, # folder of the program
@@ -792,11 +804,21 @@ def run_program(
     deadline_s:float=float("inf"), # from now on; after it no cell is started
     grace_s:float=60., # then what runs may end for so long
     keep="", # .tar.gz of what is done
+    only=(), # names of cells: these and what they need; empty: all
+    known=None, # {name: what a cell left}, taken as they are where a cell of `only` builds on them
 )->dict: # done, failed, left
     "Render the worlds, then do what is left of the program"
-    t0, out, lab = time.monotonic(), Path(out), from_params(Lab, params["lab"])
+    t0, out, lab, known = time.monotonic(), Path(out), from_params(Lab, params["lab"]), {k: v for k,v in (known or {}).items() if k not in only}
     cells = program(lab, params["program"])
     own_lab(lab, out)
-    render_worlds(lab, out/"worlds", workers)
+    if only:
+        cells = only_some(cells, only, known)
+        for name in {n for c in cells for n in c.needs} & known.keys(): write_atomic(out/"cells"/f"{name}.json", json.dumps(known[name]))
+        cells = [replace(c, needs=tuple(n for n in c.needs if n not in known)) for c in cells]
+        lab_worlds = {w for c in cells for w in (c.world, *c.tests)}
+    there = {c.name for c in cells} | {p.stem for p in (out/"cells").glob("*.json")}
+    if lacking := sorted({n for c in cells for n in c.needs} - there):
+        raise ValueError(f"run_program: no part of the program makes {', '.join(lacking[:5])}, which other cells need: add the part (experiment: tune for choice, base for base-*)")
+    render_worlds(replace(lab, worlds={k: v for k,v in lab.worlds.items() if not only or k in lab_worlds}), out/"worlds", workers)
     left = deadline_s - (time.monotonic() - t0)
     return run_cells(cells, lab, out, workers, left, grace_s, keep) | dict(seconds=round(time.monotonic() - t0))
