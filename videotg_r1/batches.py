@@ -161,7 +161,7 @@ def within_memory(
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         warnings.warn(f"out of memory: going on with {n} prompts at a time", RuntimeWarning, stacklevel=2)
 
-# %% ../nbs/34_batches.ipynb #9b38fd24
+# %% ../nbs/34_batches.ipynb #c2554f38
 @singledispatch
 def ask_answers(
     policy, # Policy
@@ -169,13 +169,15 @@ def ask_answers(
     G:int=1, # answers to each
     shape=None, # ModelShape, to spare reading it again
     batch_size:int=0, # prompts at a time; 0: as `in_flight` says
-    **kwargs, # for `sample`: temperature, top_p, max_new_tokens, seed, greedy, prompts
+    *,
+    max_new_tokens:int, # token limit of an answer
+    **kwargs, # for `sample`: temperature, top_p, seed, greedy, prompts
 ): # (texts [B][G], tokens [B][G], [B] Counts)
     "Sample answers to prompts and count what that cost"
     if not encodeds: return [], [], []
     t, shape = time.perf_counter(), shape or model_shape(policy)
-    at_once = batch_size or in_flight(policy, encodeds, G*kwargs.get("max_new_tokens", 32))
-    r = within_memory(policy, lambda n: sample(policy, encodeds, G=G, batch_size=n, **kwargs), at_once)
+    at_once = batch_size or in_flight(policy, encodeds, G*max_new_tokens)
+    r = within_memory(policy, lambda n: sample(policy, encodeds, G=G, batch_size=n, max_new_tokens=max_new_tokens, **kwargs), at_once)
     tokens, seconds = r.mask.sum(-1).long().tolist(), (time.perf_counter() - t)/len(encodeds)
     known = [0]*len(encodeds) if (read := kwargs.get("prompts")) is None else read.known
     costs = [replace(prompt_cost(shape, e, n, known=k), seconds=seconds) for e, n, k in zip(encodeds, tokens, known, strict=True)]

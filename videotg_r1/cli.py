@@ -34,7 +34,7 @@ def say(
     lines = " ".join(map(str, text)).split("\n")
     print("\n".join(lib("records").printable(o, 4000) for o in lines), file=file or sys.stdout, flush=True) # noqa: T201 (the one place of the package that prints)
 
-# %% ../nbs/82_cli.ipynb #294133c4
+# %% ../nbs/82_cli.ipynb #989a5e4a
 def params_of(
     name:str, # path of a params file, or the name of a shipped one
 )->dict: # what it holds
@@ -78,7 +78,7 @@ def stage(
         return 0
     given = (params_of(args.params) if args.params else {}) | pairs(args.values)
     folder = args.run_dir or f"runs/by-hand/{Path(args.name).stem}"
-    status = s.run_stage(args.name, given, folder, force=args.force, stall_s=s.STALL_S if args.stall is None else args.stall)
+    status = s.run_stage(args.name, given, folder, force=args.force, stall_s=args.stall)
     say(f"{status}: {s.repo_path(folder)}")
     return 0
 

@@ -227,11 +227,11 @@ def seed_rows(
         out.append(dict(variant=name, runs=n, mIoU=mean, sd=sd, against_first="" if name == first else says(paired(v, runs[first], codes))))
     return out
 
-# %% ../nbs/78_evidence.ipynb #acacf3a3
+# %% ../nbs/78_evidence.ipynb #e4fd5124
 INTERVALS = ("mIoU: mean over seeds, for each base; ± is the standard deviation over seeds. Differences: mean over the bases that a row and its control both have, paired by base, "
              "seed and query. Brackets: 95 % interval of a hierarchical bootstrap that resamples seeds within each base (deviations widened by "
              "sqrt(S/(S-1)) for S seeds) and test videos over all runs at once, 4,000 times; the bases are fixed, so nothing is said about a third one. "
-             "AUC: Hanley and McNeil; precision and recall: Wilson; rank correlations, kappa and means over groups: samples resampled. Intervals are not corrected for the number of rows. Only the differences that the claim names were asked for beforehand.")
+             "AUC: Hanley and McNeil; precision and recall: Wilson; rank correlations, kappa and means over groups: samples resampled. Intervals are not corrected for the number of rows. Only the differences in bold, and those in a table that says so, were asked for beforehand.")
 
 # %% ../nbs/78_evidence.ipynb #d345b647
 SETUP = ("World of moving shapes (`nbs/13_synthetic.ipynb`), frames stored as drawn: **they did not pass through H.264**. Base: the shipped tiny "
@@ -711,7 +711,7 @@ def curve_cost(ev:Evidence, method, n, earlier=None)->float|None:
         return r["compute"]["flops"]*(ref[earlier]/ref[own] if method != "sft" and ref[own] and ref[earlier] else 1)
     return float(np.median([training(r) + agents_cost(ev, b, AGENTS.get(method, ())) for (b, _),r in rs.items()])) if rs else None
 
-# %% ../nbs/78_evidence.ipynb #d521b5ef
+# %% ../nbs/78_evidence.ipynb #a637a3b5
 def points_missing(ev:Evidence)->str:
     "Which points of the curves are not there, in words"
     out, pool = [], ev.lab["pool"]
@@ -721,7 +721,12 @@ def points_missing(ev:Evidence)->str:
         for w,bases in lacking.items():
             if bases: groups.setdefault(" and ".join(sorted(bases)), []).append(w)
         for bases,ws in groups.items(): out.append(f"{100*n/pool:g} %" * bool(n) + "all" * (not n) + f" on {bases}" + (f" ({', '.join(ws)})" if len(ws) < len(lacking) else ""))
-    return "; ".join(out) or "none"
+    few = []
+    for n in (100, 250, 500, 1000, 2500, 5000, 0):
+        for b in sorted(ev.bases):
+            counts = {len(r) for m in CURVES.values() if (r := ev.on(b).runs(curve_arm(m, n))) and len(r) < 5}
+            if counts: few.append(f"{f'{100*n/pool:g} %' if n else 'all'} on {b} ({' or '.join(map(str, sorted(counts)))})")
+    return ("; ".join(out) or "none") + (f". With fewer than five seeds: {'; '.join(few)}" if few else "")
 
 # %% ../nbs/78_evidence.ipynb #4ee91720
 def reached(ev:Evidence, method, budgets)->tuple|None: # (samples, its difference from GRPO on the whole pool, which bases in words), None if none does
@@ -777,7 +782,7 @@ def compute_table(ev:Evidence, budgets, ref, later)->str: # Markdown
              *([f"{curve_cost(ev, m, n, False)/later:.0%}"] if later else []), *("on a CPU" if np.isnan(o) else f"{o:.0f}" for o in seconds(m, n))] for w,m in CURVES.items() for n in budgets if curve_cost(ev, m, n)]
     return md(["", "samples", "steps", "TFLOP", "of GRPO on all", *(["now"] if later else []), "seconds of training and test", "seconds of the agents"], rows)
 
-# %% ../nbs/78_evidence.ipynb #08a965de
+# %% ../nbs/78_evidence.ipynb #07988e8b
 def headline_report(ev:Evidence)->str:
     "Data-efficiency curves"
     pool = ev.lab["pool"]
@@ -792,7 +797,7 @@ def headline_report(ev:Evidence)->str:
     per = ev.settings.grpo["steps"]*ev.settings.grpo["prompts_per_step"]/1000
     text = (f"{setup_text(ev)} Pool: {pool_text(ev)}, hardness as drawn; the test queries are clean. **Steps follow the samples**, {per:g} visits to each, "
             "and one to each of the whole pool; the columns say how many steps and how much compute that is."
-            + (f" Trained on CPUs, by the same code: {', '.join(on_cpu)}." if on_cpu else "") + " The figure leaves out points of fewer than three seeds.\n")
+            + (f" Trained on CPUs: {'; '.join(on_cpu)}." if on_cpu else "") + " The figure leaves out points of fewer than three seeds.\n")
     random = [[w, *(says(paired(ev.runs(curve_arm(m, n)), ev.runs(f"grpo-{n}"))) for n in (1000, 2500))] for w,m in CURVES.items() if m != "grpo"]
     weak, more = ev.on("w"), []
     if weak.runs("grpo-all"):

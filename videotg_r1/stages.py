@@ -698,7 +698,7 @@ def check_inputs(
             source = re.search(r"{(\w+)}", WIRES[k])[1]
             raise ValueError(f"{name}: {k} is {params[k]}, which is not there: run stage {source!r} first")
 
-# %% ../nbs/80_stages.ipynb #dbc37572
+# %% ../nbs/80_stages.ipynb #81e6fc5f
 def status_of(
     e:BaseException, # that ended a stage
     run_dir, # its run folder
@@ -715,9 +715,10 @@ def run_stage(
     run_dir, # run folder, under `runs/` as a rule
     force:bool=False, # replace a result of other parameters
     timeout_s:float=0., # for one cell; 0: no limit but `stall_s`
-    stall_s:float=STALL_S, # seconds without a sign of life after which a stage is ended
+    stall_s:float|None=None, # seconds without a sign of life after which a stage is ended; None: STALL_S
 )->str: # 'skipped' where the same result was there, else 'ok'
     "Run one stage notebook into a run folder; a finished one is skipped, an unfinished one continued"
+    stall_s = STALL_S if stall_s is None else stall_s
     if not stall_s > 0: raise ValueError(f"run_stage: stall_s must be above 0 seconds, got {stall_s:g}")
     notebook, run_dir = stage_notebook(stage), repo_path(run_dir)
     name = notebook.stem.split("_", 1)[-1]
@@ -860,12 +861,12 @@ def plan_run(
     for job in once + train + judge + late: check_params(stage_notebook(job.stage), job.params)
     return once + train + judge + late
 
-# %% ../nbs/80_stages.ipynb #721d37c5
+# %% ../nbs/80_stages.ipynb #47d54dc8
 def work(
     job:Job, # what to run
     folder:str, # its run folder
     force:bool, # replace a result of other parameters
-    stall_s:float, # seconds without a sign of life after which it is ended
+    stall_s:float|None, # as of `run_stage`
     owner:int, # pid of the process that schedules
     pipe, # gets (status, message)
 )->None: # runs in a child process
@@ -891,13 +892,13 @@ class Running:
         try: return self.pipe.recv() if self.pipe.poll() else ("failed", f"its process ended with {self.process.exitcode}")
         except EOFError: return "failed", f"its process ended with {self.process.exitcode}"
 
-# %% ../nbs/80_stages.ipynb #c910f154
+# %% ../nbs/80_stages.ipynb #4b085770
 def start(
     job:Job, # what to run
     config:dict, # a params file
     root, # where the runs are
     force:bool, # replace a result of other parameters
-    stall_s:float, # seconds without a sign of life after which it is ended
+    stall_s:float|None, # as of `run_stage`
 )->Running: # handle of the process
     "Start a job in a process of its own"
     ctx = get_context("fork" if sys.platform == "linux" else "spawn") # a fork has papermill loaded already
@@ -908,7 +909,7 @@ def start(
     there.close()
     return Running(job, process, here, time.monotonic())
 
-# %% ../nbs/80_stages.ipynb #5eea62fd
+# %% ../nbs/80_stages.ipynb #05d8c17b
 def end_jobs(
     running:list, # of Running
     grace_s:float=29., # seconds to save and leave
@@ -928,7 +929,7 @@ def run_jobs(
     jobs:int, # how many at once
     force:bool, # replace results of other parameters
     say, # called with a line for the reader
-    stall_s:float=STALL_S, # seconds without a sign of life after which a stage is ended
+    stall_s:float|None=None, # as of `run_stage`
 )->dict: # job name -> ok or skipped
     "Run the plan, `jobs` at once, each after what it needs"
     done, running, broken = {}, [], []
@@ -948,7 +949,7 @@ def run_jobs(
     if broken: raise StageError("\n".join(broken))
     return done
 
-# %% ../nbs/80_stages.ipynb #8569fd15
+# %% ../nbs/80_stages.ipynb #3557e7a7
 def run_all(
     params, # params file, or what it holds
     jobs:int=0, # stages at once; 0: one where a GPU is used, else one for each core, 4 at most
@@ -957,7 +958,7 @@ def run_all(
     root="runs", # where run folders go
     reports="reports", # where the report goes
     say=print, # called with a line for the reader
-    stall_s:float|None=None, # seconds without a sign of life after which a stage is ended; None: `stall_s` of the params file, or STALL_S
+    stall_s:float|None=None, # seconds without a sign of life after which a stage is ended; None: as the params file says
 )->Path|None: # the report's folder; None without a report section
     "Run every stage of a params file and write its report; call it again to go on"
     config = params if isinstance(params, dict) else load_params(params)
@@ -969,7 +970,7 @@ def run_all(
         plan = [Job(j.name, j.stage, j.params, tuple(n for n in j.needs if n in chosen)) for j in plan if j.name in chosen]
     import papermill # noqa: F401 (loaded once, before the jobs are forked)
     on_gpu = gpu_name() and (config.get("shared") or {}).get("device") != "cpu"
-    run_jobs(plan, config, root, jobs or (1 if on_gpu else min(os.cpu_count() or 1, 4)), force, say, config.get("stall_s") or STALL_S if stall_s is None else stall_s)
+    run_jobs(plan, config, root, jobs or (1 if on_gpu else min(os.cpu_count() or 1, 4)), force, say, config.get("stall_s") if stall_s is None else stall_s)
     if only or config.get("report") is None: return None
     run_dir, out = repo_path(root)/config["run"], repo_path(reports)/config["run"]
     made_of = {j.name: read_success(run_dir/j.name)["key"] for j in plan} # a kill may come between the last stage and the report
