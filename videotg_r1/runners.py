@@ -281,7 +281,7 @@ def run_agent(
     policy, spec, read = opening.open()
     return conclude(job, InProcess(policy, read), policy, spec, progress), {}
 
-# %% ../nbs/63_runners.ipynb #a6ec5335
+# %% ../nbs/63_runners.ipynb #eb8b7dbc
 def gpu_count()->int: # GPUs of this machine
     "How many GPUs torch sees"
     import torch
@@ -293,7 +293,7 @@ def complaint(
     log:str, # what the processes printed
 )->str: # the first error that one of them raised
     "Why a group of processes failed"
-    follows = ("ChildFailedError", "SignalException", "Connection closed by peer") # what others say because one failed
+    follows = ("ChildFailedError", "SignalException", "Connection closed by peer", "Connection reset by peer", "ncclRemoteError") # what others say because one failed
     lines = [m for o in log.splitlines() if (m := ERROR.match(o)) and not any(f in o for f in follows)]
     return f"{lines[0][1]}: {lines[0][2]}" if lines else "no error was printed: killed, or out of memory"
 
