@@ -134,14 +134,16 @@ def vtg(folder, *more):
 
 def rehearse(folder, kill_after="train-videotg_r1", timeout_s=3600., after_each=lambda: None, jobs=1):
     "Run; kill -9 when that stage's history has three rows; run again. Returns the report's folder and where training went on"
-    done, ended = set(), lambda: {p.parent.name for p in (folder/"runs/rehearsal").glob("*/SUCCESS")}
+    done = set()
+    def look():
+        time.sleep(.1)
+        if new := {p.parent.name for p in (folder/"runs/rehearsal").glob("*/SUCCESS")} - done: done.update(new); after_each()
     run, end = vtg(folder, "--jobs", "1"), time.monotonic() + timeout_s
     history = folder/"runs/rehearsal"/kill_after/"training/history.jsonl"
     try:
         while run.poll() is None and time.monotonic() < end:
             if history.is_file() and history.read_bytes().count(b"\n") >= 3: break
-            time.sleep(.1)
-            if len(now := ended()) > len(done): done = now; after_each()
+            look()
         assert run.poll() is None, f"`vtg run` ended with {run.returncode} before it was killed"
     finally:
         if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
@@ -150,8 +152,7 @@ def rehearse(folder, kill_after="train-videotg_r1", timeout_s=3600., after_each=
     again = vtg(folder, "--jobs", str(jobs))
     try:
         while again.poll() is None and time.monotonic() < end:
-            time.sleep(.1)
-            if len(now := ended()) > len(done): done = now; after_each()
+            look()
         assert again.poll() == 0, f"`vtg run`, called again, ended with {again.returncode} (None: not within {timeout_s:.0f} s)"
     finally:
         if again.poll() is None: os.killpg(again.pid, signal.SIGKILL)
@@ -217,9 +218,9 @@ if __name__ == "__main__":
     began, trace = time.monotonic(), Trace(a.device, a.folder/"runs/rehearsal")
     trace.begun = time.time()
     def keep(): # whoever ends this early has what was measured so far
+        from videotg_r1.records import write_atomic
         found = measured(a.folder, trace)
-        (a.folder/"measured.json.new").write_text(json.dumps(found))
-        (a.folder/"measured.json.new").replace(a.folder/"measured.json")
+        write_atomic(a.folder/"measured.json", json.dumps(found))
         return found
     try: report, resumed = rehearse(a.folder, timeout_s=a.until, after_each=keep, jobs=a.jobs)
     finally: print(*table(keep()), sep="\n", flush=True)

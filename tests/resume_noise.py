@@ -39,7 +39,7 @@ def work(job, empty_at):
     look = grpo.VideoGRPO.look
     def forgetful(self, qids):
         if self.state.global_step == int(empty_at) > 0:
-            for k in ("features", "_recorded", "_decoder", "_writer"): vars(self.policy).pop(k, None)
+            for k in ("features", "_decoder", "_writer"): vars(self.policy).pop(k, None)
         return look(self, qids)
     grpo.VideoGRPO.look = forgetful
     runners.main([job])

@@ -579,7 +579,7 @@ def grpo_trainer_class(): # class VideoGRPOTrainer(VideoGRPO, trl.GRPOTrainer)
     from trl import GRPOTrainer
     return type("VideoGRPOTrainer", (VideoGRPO, GRPOTrainer), {})
 
-# %% ../nbs/51_grpo.ipynb #91c6d8a2
+# %% ../nbs/51_grpo.ipynb #917ecf47
 def train_grpo(
     policy, # Policy to train, changed in place
     samples, # list of Sample
@@ -604,7 +604,7 @@ def train_grpo(
     def build():
         model, gens = learner(policy, cfg), -(-cfg.steps*cfg.grad_accum//(cfg.num_iterations*(cfg.steps_per_generation or cfg.grad_accum)))
         args = grpo_args(cfg, out_dir, policy.device.type, world_size())
-        set_trainable(model, cfg.freeze_vision, 0 if cut_up() else cfg.lora_r); training_dtype(model) # cut up, a layer is of one type
+        set_trainable(model, cfg.freeze_vision, cfg.lora_r); training_dtype(model)
         if cfg.compile and policy.device.type == "cuda": compile_layers(policy)
         order = prompt_order(len(samples), gens*args.generation_batch_size//cfg.G, cfg.seed)
         pool = Pool(samples, spec, cache, out_dir, cfg.max_broken_share)

@@ -6,7 +6,7 @@
 __all__ = ['SFTSettings', 'check_settings', 'target_text', 'with_answer', 'Collator', 'by_rows', 'VideoSFT', 'sft_trainer_class',
            'sft_args', 'train_sft']
 
-# %% ../nbs/50_sft.ipynb #af63b386
+# %% ../nbs/50_sft.ipynb #3749b51d
 from functools import cache, partial
 from types import SimpleNamespace
 
@@ -26,7 +26,6 @@ from videotg_r1.training import (
     check_context,
     check_trl,
     common_args,
-    cut_up,
     learner,
     lora_config,
     prompt_order,
@@ -208,7 +207,7 @@ def sft_args(
         packing=False, padding_free=False, max_length=None, completion_only_loss=False, assistant_only_loss=False,
         activation_offloading=False, dataset_kwargs={"skip_prepare_dataset": True})
 
-# %% ../nbs/50_sft.ipynb #e17964f9
+# %% ../nbs/50_sft.ipynb #fbace3c8
 def train_sft(
     policy, # Policy to train, changed in place
     samples, # list of Sample with spans
@@ -228,7 +227,7 @@ def train_sft(
         from datasets import Dataset
         model, pool = learner(policy, cfg), Pool(samples, spec, cache, out_dir, cfg.max_broken_share)
         args = sft_args(cfg, out_dir, policy.device.type, world_size())
-        set_trainable(model, cfg.freeze_vision, 0 if cut_up() else cfg.lora_r); training_dtype(model) # cut up, a layer is of one type
+        set_trainable(model, cfg.freeze_vision, cfg.lora_r); training_dtype(model)
         qids = [samples[i].qid for i in prompt_order(len(samples), cfg.steps*cfg.batch_size, cfg.seed)]
         trainer = sft_trainer_class()(model=model, args=args, train_dataset=Dataset.from_dict({"qid": qids}),
             data_collator=Collator(policy, pool, cfg), processing_class=policy.tokenizer, peft_config=lora_config(cfg))

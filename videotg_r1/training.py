@@ -412,7 +412,7 @@ def keep_precision(
     plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     return True
 
-# %% ../nbs/49_training.ipynb #0e9ae99b
+# %% ../nbs/49_training.ipynb #966149af
 LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 def lora_config(
@@ -427,10 +427,11 @@ def lora_config(
 def set_trainable(
     model, # transformers Qwen-VL model
     freeze_vision:bool, # leave the vision tower as it is
-    lora_r:int=0, # rank of adapters that will be added; above 0 everything else stays
+    lora_r:int=0, # rank of adapters that will be added; above 0 everything else stays, but where a model is cut up: there a layer is of one type
 ): # number of parameters that will be trained (before adapters)
     "Choose what the optimizer may move"
-    for name, p in model.named_parameters(): p.requires_grad_(not (lora_r or freeze_vision and ".visual." in f".{name}"))
+    frozen = lora_r and not cut_up()
+    for name, p in model.named_parameters(): p.requires_grad_(not (frozen or freeze_vision and ".visual." in f".{name}"))
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 # %% ../nbs/49_training.ipynb #8edd9a03
