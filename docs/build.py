@@ -13,6 +13,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SRC, OUT = ROOT/"docs/_build/src", ROOT/"docs/_build/html"
 DIRECTIVE = re.compile(r"^#\|.*\n?", re.M)
+LINK = re.compile(r"(!?)\[([^\]]*)\]\((?!https?:|#)([^)]*)\)") # to a file
+SHOWN = (".md", ".png", ".svg") # of a report
 
 
 def write(name, text):
@@ -21,7 +23,6 @@ def write(name, text):
 
 
 def source(cell): return "".join(cell["source"])
-def number(path): return int(path.name.split("_")[0])
 
 
 def plain(text, n=200):
@@ -60,7 +61,7 @@ def toc(entries, hidden=False): return "```{toctree}\n:maxdepth: 1\n" + (":hidde
 def library():
     "One page a library notebook, in reading order"
     rows, names = [], []
-    for path in sorted((ROOT/"nbs").glob("[0-9]*.ipynb"), key=number):
+    for path in sorted((ROOT/"nbs").glob("[0-9]*.ipynb")):
         title, summary = notebook_page(path, f"library/{path.name}")
         rows.append(f"| [{path.stem}]({path.stem}) | {summary} |")
         names.append(path.stem)
@@ -135,7 +136,7 @@ def module_page(path, chapter):
 def api():
     "The reference, one page a module, in import order"
     names = []
-    for path in sorted((ROOT/"nbs").glob("[0-9]*.ipynb"), key=number):
+    for path in sorted((ROOT/"nbs").glob("[0-9]*.ipynb")):
         module = path.stem.split("_", 1)[1]
         if not (ROOT/f"videotg_r1/{module}.py").is_file(): continue
         write(f"api/{module}.md", module_page(ROOT/f"videotg_r1/{module}.py", path.stem))
@@ -186,35 +187,39 @@ def explore():
     write("generated/explore.md", "| notebook | what to see there |\n| --- | --- |\n" + "\n".join(rows) + "\n" if rows else "\n")
 
 
-def newest(page):
-    "Claim and first figure of a report"
-    text = page.with_suffix(".md").read_text(encoding="utf-8")
+def report_page(path):
+    "A page of reports/ as it was written; a link to what the site does not show becomes its text"
+    def link(m): return m[0] if (path.parent/m[3]).suffix in SHOWN and (path.parent/m[3]).is_file() else m[2]
+    write(f"results/{path.relative_to(ROOT/'reports')}", LINK.sub(link, path.read_text(encoding="utf-8")))
+
+
+def headline(folder):
+    "Claim and figure of a report, for the first page"
+    text = (ROOT/"reports"/folder/"README.md").read_text(encoding="utf-8")
     claim = next(p for p in text.split("\n\n")[1:] if p.strip() and not p.startswith(("#", "!", "|")))
-    figure = re.search(r"!\[(.*?)\]\((figures/[^)]+)\)", text)
-    return claim, f"![{figure[1]}](results/{page.parent.name}/{figure[2]})" if figure else ""
+    write("generated/headline.md", f"{claim}\n\n![Held-out mIoU against the number of training samples](results/{folder}/figure.png)\n\n"
+          f"[All of it](results/{folder}/README); what a laptop measures in ten minutes is in the [quick start](results/2026-11-22_quickstart/README).\n")
 
 
 def results():
-    "Committed reports, newest first"
-    names = []
-    for folder in sorted((p for p in (ROOT/"reports").glob("20*") if (p/"README.md").is_file()), reverse=True):
-        shutil.copytree(folder, SRC/"results"/folder.name, ignore=lambda d, files: [f for f in files if not (Path(d)/f).is_dir() and Path(f).suffix not in (".md", ".png", ".svg")])
-        text = (folder/"README.md").read_text(encoding="utf-8")
-        write(f"results/{folder.name}/README.md", re.sub(r"\]\((?!https?:|#|figures/)([^)]*)\)", "]", text))
-        names.append(f"{folder.name}/README")
-    if names:
-        claim, figure = newest(SRC/"results"/names[0])
-        write("generated/headline.md", f"[The newest report](results/{names[0]}) says: {claim}\n\n{figure}\n")
-    else: write("generated/headline.md", "\n")
-    write("results/index.md", "# Results\n\nEach page is a report as the run wrote it: the claim first, baselines first, intervals, and what did not work.\n\n" + toc(names))
+    "Committed reports: the evidence, then the others, newest first, and the log"
+    names = {p.name for p in (ROOT/"reports").iterdir() if (p/"README.md").is_file()}
+    for name in names:
+        shutil.copytree(ROOT/"reports"/name, SRC/"results"/name, ignore=lambda d, files: [f for f in files if not (Path(d)/f).is_dir() and Path(f).suffix not in SHOWN])
+        report_page(ROOT/"reports"/name/"README.md")
+    report_page(ROOT/"reports/LOG.md")
+    headline("evidence-headline")
+    evidence = sorted((n for n in names if n.startswith("evidence-")), key=lambda n: (n != "evidence-headline", n))
+    write("results/index.md", "# Results\n\nEach page is a report as the run wrote it: the claim first, baselines first, intervals, and what did not work.\n\n"
+          "## Does it help? Hundreds of small trainings\n\n" + toc([f"{n}/README" for n in evidence])
+          + "\n## The quick start, the shipped model, speed and scale\n\n" + toc([f"{n}/README" for n in sorted(names - set(evidence), reverse=True)] + ["LOG"]))
 
 
 def copied():
     "Pages that live at the root of the repository"
-    plain = lambda text: re.sub(r"\[([^\]]+)\]\((?!https?:|#)[^)]*\)", r"\1", text) # a link there leads nowhere here
     for name, title in (("CHANGELOG", "changelog"), ("CONTRIBUTING", "contributing"), ("TROUBLESHOOTING", "troubleshooting"), ("SECURITY", "security")):
         path = ROOT/f"{name}.md"
-        text = plain(path.read_text(encoding="utf-8")) if path.is_file() else f"# {title.capitalize()}\n\nNothing yet.\n"
+        text = LINK.sub(r"\2", path.read_text(encoding="utf-8")) if path.is_file() else f"# {title.capitalize()}\n\nNothing yet.\n"
         write(f"{title}.md", text)
     for path in (ROOT/"docs").glob("*.md"): shutil.copy(path, SRC/path.name)
     shutil.copytree(ROOT/"slurm", SRC.parent/"slurm", dirs_exist_ok=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = Path(os.environ.get("VTG_SHARED_DATA", ROOT.parent/"shared/data"))
 SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1)
 REAL = dict(max_position_embeddings=32768, initializer_range=.02, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+FIRST = int(os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or 0)    # GPU that works, as the driver counts
 HELDOUT = ("charades", "yoga", "hmdb51")    # parts of file names; the other videos train
 
 
@@ -51,16 +53,30 @@ def write_model_apart(folder, shape="", device="cpu", env=None):
     subprocess.run([sys.executable, "-c", code, str(folder), shape, device], check=True, env=env)
 
 
+def write_copy(video, folder, k):
+    "The k-th copy of a clip; stored frames get a shade lighter each time, so that what the tower made of one copy is of no use for another"
+    path = folder/f"{k}-{video.name}"
+    if path.is_file(): return path
+    if not k or video.suffix != ".npz": return shutil.copyfile(video, path)
+    import numpy as np
+
+    from videotg_r1.video import write_frames
+    with np.load(video) as z: frames, times, end = z["frames"], z["times"], float(z["duration_s"])
+    write_frames(path, np.minimum(frames, 255 - k) + np.uint8(k), times, end)
+    return path
+
+
 def write_annotations(folder, repeat=1):
-    "train.jsonl and heldout.jsonl about the clips that are there; `repeat` asks each query so often"
+    "train.jsonl and heldout.jsonl about the clips that are there; `repeat`: so many copies of each clip, each asked all its queries"
     rows = dict(train=[], heldout=[])
+    (folder/"clips").mkdir(exist_ok=True)
     for i, line in enumerate((SHARED/"annotated_clips.jsonl").read_text().splitlines()):
         r, video = json.loads(line), SHARED/json.loads(line)["video"]
         if not video.is_file(): continue
         role = "heldout" if any(o in video.name for o in HELDOUT) else "train"
         spans = [[a, min(b, r["duration"])] for a, b in r["spans"]]
-        rows[role] += [dict(qid=f"{r['vid']}_{i}_{k}", vid=r["vid"], video=str(video.resolve()), duration_s=r["duration"], query=r["query"], spans=spans,
-                            source="clips", split=role) for k in range(repeat if role == "train" else 1)]
+        rows[role] += [dict(qid=f"{r['vid']}_{i}_{k}", vid=f"{r['vid']}_{k}", video=str(write_copy(video, folder/"clips", k).resolve()), duration_s=r["duration"],
+                            query=r["query"], spans=spans, source="clips", split=role) for k in range(repeat)]
     for role, found in rows.items(): (folder/f"{role}.jsonl").write_text("".join(json.dumps(o) + "\n" for o in found))
     return {k: len(v) for k, v in rows.items()}
 
@@ -83,7 +99,7 @@ def write_params(folder, device="cpu", steps=0, given=()):
     "params/rehearsal.yaml with places and sizes filled in; `given` are section.name=value, as in shared.grpo={...}; null leaves it out"
     config = yaml.safe_load((ROOT/"params/rehearsal.yaml").read_text())
     config["shared"] |= dict(model=str(folder/"model"), device=device)
-    config["prepare"] |= dict(train=str(folder/"train.jsonl"), heldout=str(folder/"heldout.jsonl"), videos=str(SHARED/"clips"))
+    config["prepare"] |= dict(train=str(folder/"train.jsonl"), heldout=str(folder/"heldout.jsonl"), videos=str(folder/"clips"))
     for o in ("grpo", "sft"): config["shared"][o] |= dict(steps=steps) if steps else {}
     for o in given:
         name, value = o.split("=", 1)
@@ -116,13 +132,13 @@ class Trace:
                 except OSError: continue
                 if n != known.get(p, 0): self.grown.append((time.time(), str(p.relative_to(self.root)), n)); known[p] = n
 
-    def over(self, since, until, gpus=(0,)): # time.time(); of these GPUs
+    def over(self, since, until, gpus=(FIRST,)): # time.time(); of these GPUs
         rows, at = [r for r in self.rows if since <= r[0] <= until], list(gpus)
         if not rows: return {}
         return dict(util=[round(statistics.mean(r[1][i] for r in rows), 1) for i in at], peak_gib=[max(r[2][i] for r in rows) for i in at])
 
-    def work(self, job, since, until): # (first, last) row that a stage wrote in that time, or None
-        at = [t for t, p, _ in self.grown if p.startswith(f"{job}/") and since <= t <= until]
+    def work(self, job, since, until): # from the end of its first batch, or step, to that of its last one in that time, or None
+        at = [t for t, p, n in self.grown if p.startswith(f"{job}/") and n > 1 and since <= t <= until] # row 1 is a ledger's head, or the first step
         return (at[0], at[-1]) if len(at) > 1 else None
 
 
@@ -133,8 +149,8 @@ def vtg(folder, *more):
 
 
 def rehearse(folder, kill_after="train-videotg_r1", timeout_s=3600., after_each=lambda: None, jobs=1):
-    "Run; kill -9 when that stage's history has three rows; run again. Returns the report's folder and where training went on"
-    done = set()
+    "Run; kill -9 in the first step behind that stage's first checkpoint; run again. Returns the report's folder and where training went on"
+    done, saved = set(), yaml.safe_load((folder/"params.yaml").read_text())["shared"]["grpo"]["save_steps"]
     def look():
         time.sleep(.1)
         if new := {p.parent.name for p in (folder/"runs/rehearsal").glob("*/SUCCESS")} - done: done.update(new); after_each()
@@ -142,13 +158,14 @@ def rehearse(folder, kill_after="train-videotg_r1", timeout_s=3600., after_each=
     history = folder/"runs/rehearsal"/kill_after/"training/history.jsonl"
     try:
         while run.poll() is None and time.monotonic() < end:
-            if history.is_file() and history.read_bytes().count(b"\n") >= 3: break
+            if history.is_file() and history.read_bytes().count(b"\n") > saved: break
             look()
         assert run.poll() is None, f"`vtg run` ended with {run.returncode} before it was killed"
     finally:
         if run.poll() is None: os.killpg(run.pid, signal.SIGKILL)
         run.wait()
     assert history.is_file(), f"{kill_after} had not begun after {timeout_s:.0f} s"
+    print(f"{kill_after} killed behind step {len(history.read_text().splitlines())}", flush=True)
     again = vtg(folder, "--jobs", str(jobs))
     try:
         while again.poll() is None and time.monotonic() < end:
@@ -160,31 +177,39 @@ def rehearse(folder, kill_after="train-videotg_r1", timeout_s=3600., after_each=
     return folder/"reports/rehearsal", result["resumed_from"]
 
 
+@cache
+def planned(folder):
+    "(params, jobs, sizes of the data); looked at once"
+    from videotg_r1.config import load_params
+    from videotg_r1.preflight import check_data
+    from videotg_r1.stages import Job, check_params, plan_run, stage_notebook
+    config = load_params(folder/"params.yaml")
+    jobs = [Job(j.name, j.stage, check_params(stage_notebook(j.stage), j.params), j.needs) for j in plan_run(config, folder/"runs")]
+    return config, jobs, check_data(next(j for j in jobs if j.stage == "prepare").params)[1]
+
+
 def measured(folder, trace):
     "Every stage: what preflight says it needs beside what it took, and how busy the GPU was"
-    from videotg_r1.config import load_params
     from videotg_r1.doctor import gpus
     from videotg_r1.prediction import RATES
-    from videotg_r1.preflight import CPU, CPU_RATES, card_of, check_data, outlook
-    from videotg_r1.stages import Job, check_params, plan_run, stage_notebook
-    config, rows = load_params(folder/"params.yaml"), []
-    jobs = [Job(j.name, j.stage, check_params(stage_notebook(j.stage), j.params), j.needs) for j in plan_run(config, folder/"runs")]
-    _, sizes, _ = check_data(next(j for j in jobs if j.stage == "prepare").params)
+    from videotg_r1.preflight import CPU, CPU_RATES, card_of, outlook
+    (config, jobs, sizes), rows = planned(folder), []
     cpu = config["shared"]["device"] == "cpu"
     for j in jobs:
         at = folder/"runs/rehearsal"/j.name
         if not (at/"run.json").is_file(): continue
         run, look = json.loads((at/"run.json").read_text()), outlook(j, sizes, CPU if cpu else card_of(gpus()[0].name), 1, CPU_RATES if cpu else RATES, to_limit=True) # random weights do not end their answers
         row = dict(stage=j.name, attempts=run["attempts"], compute=run.get("compute", {}), predicted=look and dict(seconds=look.seconds, gb=look.gb, how=look.how))
-        for o in run["attempts"]:
+        ends = [o["started"] for o in run["attempts"][1:]] + [1e12]
+        for o, end in zip(run["attempts"], ends, strict=True):
             o |= trace.over(o["started"], o["started"] + (o["wall_s"] or 0))
-            if w := trace.work(j.name, o["started"], o["started"] + (o["wall_s"] or 1e9)): o["work"] = dict(seconds=round(w[1] - w[0], 2), **trace.over(*w))
+            if w := trace.work(j.name, o["started"], min(end, o["started"] + (o["wall_s"] or 1e12))): o["work"] = dict(seconds=round(w[1] - w[0], 2), **trace.over(*w))
         if (h := at/"training/history.jsonl").is_file():
             steps = [json.loads(o) for o in h.read_text().splitlines()]
             row["steps"] = [{k: o.get(k) for k in ("step", "elapsed_s", "step_time", "loss", "reward", "grad_norm", "at_once")} for o in steps]
         rows.append(row)
-    return dict(sizes={k: v for k, v in sizes.items() if not isinstance(v, list)}, shared=config["shared"], rows=rows, grown=[(round(t - trace.begun, 1), p, n) for t, p, n in trace.grown],
-                trace=[(round(t - trace.begun, 1), u[0], m[0]) for t, u, m in trace.rows])
+    return dict(sizes={k: v for k, v in sizes.items() if not isinstance(v, dict)}, shared=config["shared"], rows=rows, grown=[(round(t - trace.begun, 1), p, n) for t, p, n in trace.grown],
+                trace=[(round(t - trace.begun, 1), u[FIRST], m[FIRST]) for t, u, m in trace.rows])
 
 
 def table(found):
@@ -201,7 +226,7 @@ if __name__ == "__main__":
     p.add_argument("--shape", default="", help="of a released model, as Qwen2.5-VL-3B (default: a small one)")
     p.add_argument("--device", default="cpu", help="cpu or cuda")
     p.add_argument("--steps", type=int, default=0, help="of training (default: as in params/rehearsal.yaml)")
-    p.add_argument("--repeat", type=int, default=1, help="how often each query is asked, to make a run longer")
+    p.add_argument("--repeat", type=int, default=1, help="copies of each clip, to make a run longer")
     p.add_argument("--set", nargs="*", default=[], metavar="section.name=value", help="over params/rehearsal.yaml, as shared.frames='{max_frames: 64}'")
     p.add_argument("--jobs", type=int, default=1, help="stages at a time after the kill")
     p.add_argument("--until", type=float, default=3600., help="seconds after which it is given up")

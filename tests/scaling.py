@@ -29,15 +29,15 @@ ON_CPU = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed
 BEGAN = time.time()
 
 
-def write_work(folder, n, frames, side, videos=16):
-    "`n` samples about clips of noise, two a video; few different files under many names"
+def write_work(folder, n, frames, side, videos=0):
+    "`n` samples about clips of noise, two a video; `videos` different ones under many names (0: all differ, so that the tower has to look at each)"
     from videotg_r1.records import Sample, write_jsonl
     from videotg_r1.video import write_frames
     rng, samples, new = np.random.default_rng(0), [], not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     for i in range((n + 1)//2):
         path = folder/f"{i}.npz"
-        if new and i < videos:
+        if new and (not videos or i < videos):
             small = rng.integers(0, 255, (frames, 16, 16, 3), np.uint8)
             write_frames(path, small.repeat(side//16, 1).repeat(side//16, 2), np.arange(frames)/2, frames/2)
         elif new: os.link(folder/f"{i % videos}.npz", path)
@@ -232,7 +232,7 @@ def main():
         (a.out/"cpu.yaml").write_text(ON_CPU)
         a.launch, a.frames, a.side, a.tokens, a.asked, a.steps, a.prompts, a.skip = str(a.out/"cpu.yaml"), 8, 64, 8, 96, 2, 1, 1
     a.model, a.frame_spec = a.out/(a.shape or "small"), dict(fps=2., max_frames=a.frames, min_pixels=a.side**2, max_pixels=a.side**2, total_pixels=a.frames*a.side**2)
-    if {"grpo", "agent"} & set(a.only): a.samples = write_work(a.out/f"clips-{a.only[0]}-{os.getpid()}", max(a.asked*max(a.gpus), 64), a.frames, a.side)
+    if {"grpo", "agent"} & set(a.only): a.samples = write_work(a.out/f"clips-{a.only[0]}-{os.getpid()}", a.asked*max(a.gpus) if "agent" in a.only else 64, a.frames, a.side)
     if not (a.model/"videotg.json").is_file() and a.only != ["all_reduce"]:
         t = time.time()
         write_model_apart(a.model, a.shape, a.device, env([a.first]))
@@ -252,7 +252,8 @@ def main():
 
 def alone(a, row): # rate of one GPU, as measured before in this folder
     rows = [json.loads(o) for o in (a.out/"rows.jsonl").read_text().splitlines()] if (a.out/"rows.jsonl").is_file() else []
-    found = [r for r in rows if (r["what"], r.get("shape"), r.get("gpus")) == (row["what"], row["shape"], 1)]
+    same = lambda r: (r["what"], r.get("shape"), r.get("lora_r"), r.get("prompts", 0)/r.get("gpus", 1))
+    found = [r for r in rows if r.get("gpus") == 1 and same(r) == same(row)]
     return next((r.get("prompts_per_s") or r.get("samples_per_s") for r in found if "failed" not in r), None)
 
 

@@ -379,3 +379,28 @@ def test_data_parts_by_root_and_by_name():
     assert [(p.role, p.split, p.path.name) for p in parts] == [("train", "train", "all_data_train.json"), ("heldout", "val", "rextime_val.json"), ("heldout", "test", "charades_sta_test.txt")]
     with pytest.raises(ValueError, match="no folder of videos for rextime"): data_parts("jsonl", "a", "b", "c", "", "rextime")
     assert {p.split for p in set_parts("charades_sta", OWN)} == {"train"}
+
+
+def test_where_no_decoder_starts_stored_frames_are_looked_at_and_the_rest_is_a_finding(tmp_path, monkeypatch):
+    import numpy as np
+
+    from videotg_r1.dataset_checks import Checked, check_videos
+    from videotg_r1.datasets import Part
+    from videotg_r1.records import Sample
+    from videotg_r1.video import stop_workers, write_frames
+    (tmp_path/"bin").mkdir(); (tmp_path/"bin/av.py").write_text("raise ImportError('libav is gone')")
+    for name in ("a", "b"): write_frames(tmp_path/f"{name}.npz", np.zeros((6, 28, 56, 3), np.uint8), np.arange(6)/2, 3.)
+    (tmp_path/"b.npz").write_bytes(b"PK")
+    (tmp_path/"c.mp4").write_bytes(b"x")
+    stop_workers()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path/"bin"))
+    def checked(*names):
+        part = Part("train", "clips", tmp_path/"x.jsonl", (tmp_path,), "train")
+        c = Checked(part, [Sample(o, o, str(tmp_path/o), 3., "a thing happens", ((0., 1.),)) for o in names])
+        check_videos(c, tmp_path/f"{len(names)}.jsonl")
+        return c, [(f.level, f.text.split(": ", 1)[1]) for f in c.findings]
+    c, found = checked("a.npz", "b.npz")
+    assert c.seen[str(tmp_path/"a.npz")] == dict(duration_s=3., width=56, height=28, fps=2., codec="npz")
+    assert found[1][0] == "missing" and "1 of 2 cannot be decoded" in found[1][1]
+    c, found = checked("a.npz", "b.npz", "c.mp4")
+    assert not c.seen and found[-1][0] == "missing" and "not looked at: DecodeWorker: no decoder starts here" in found[-1][1] and len(found) == 2

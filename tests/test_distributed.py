@@ -7,6 +7,8 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -86,11 +88,11 @@ import os, sys
 sys.path[:0] = [{root!r}, {here!r}]
 from pathlib import Path
 import test_distributed as d
-d.train_here(Path({data!r}), Path({out!r}), {cases!r}, {sharded!r}, {begin!r}, {end!r})
+d.train_here(Path({data!r}), Path({out!r}), {cases!r}, {how!r}, {begin!r}, {end!r})
 """
-CASES = dict(sft=dict(grad_accum=2), sft_lora=dict(lora_r=2, freeze_vision=True), grpo_parts=dict(grad_accum=4), grpo_lora=dict(lora_r=2, freeze_vision=True), grpo_frozen=dict(freeze_vision=True, beta=.1),
+CASES = dict(sft=dict(grad_accum=2), sft_frozen=dict(freeze_vision=True, max_grad_norm=.5), sft_lora=dict(lora_r=2, freeze_vision=True), grpo_parts=dict(grad_accum=4), grpo_lora=dict(lora_r=2, freeze_vision=True), grpo_frozen=dict(freeze_vision=True, beta=.1),
              grpo_16=dict(freeze_vision=True, precision="bf16", gradient_checkpointing=True),
-             grpo_lora_16=dict(freeze_vision=True, precision="bf16", lora_r=2), sft_memory=dict(grad_accum=1), grpo_memory=dict(grad_accum=2),
+             grpo_lora_16=dict(freeze_vision=True, precision="bf16", lora_r=2), sft_nan=dict(steps=3, schedule="linear"), sft_memory=dict(grad_accum=1), grpo_memory=dict(grad_accum=2),
              grpo_span=dict(prompts_per_step=1, grad_accum=2))
 
 
@@ -103,8 +105,20 @@ def one_training(name, world, out):
     if name.endswith("_16"): policy.model.to(t.torch.bfloat16)               # as on a GPU
     if name.startswith("sft"):
         cfg = SFTSettings(batch_size=4, **base)
-        return policy, train_sft(policy, world[0], cfg, out/name, frame_spec=t.spec_for(policy), cache=world[1], progress=False)
+        with no_number(t, 1) if name.endswith("_nan") else nullcontext():
+            return policy, train_sft(policy, world[0], cfg, out/name, frame_spec=t.spec_for(policy), cache=world[1], progress=False)
     return t.run(world, out/name, t.settings(**(dict(prompts_per_step=4) | base)), policy=policy)
+
+
+@contextmanager
+def no_number(t, at):
+    "A loss that is no number, in the first of the processes, at one step"
+    loss = t.sft.VideoSFT.compute_loss
+    def broken(self, *args, **kwargs):
+        return loss(self, *args, **kwargs)*(float("nan") if self.state.global_step == at and self.accelerator.is_main_process else 1.)
+    t.sft.VideoSFT.compute_loss = broken
+    try: yield
+    finally: t.sft.VideoSFT.compute_loss = loss
 
 
 def pretend_gpu():
@@ -122,18 +136,45 @@ def pretend_gpu():
     AcceleratorState.__init__ = as_gpu
 
 
-def train_here(data, out, cases, sharded, begin, end):
+def pretend_deepspeed():
+    "accelerate has no DeepSpeed on CPUs; DeepSpeed has, once accelerate sees no reason against it. Small weights are cut up as well"
+    from accelerate.state import PartialState
+    from accelerate.utils import DistributedType
+
+    from videotg_r1.training import RunTrainer
+    init, begin = PartialState.__init__, RunTrainer.begin
+    def small(self, *args):
+        begin(self, *args)
+        self.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    PartialState.__init__ = lambda self, cpu=False, **kwargs: init(self, **kwargs)
+    PartialState._prepare_backend = lambda self, *args: ("gloo", DistributedType.MULTI_CPU)
+    RunTrainer.begin = small
+
+
+def cut_by_fsdp2(self):
+    assert {type(p).__name__ for p in self.model.parameters()} == {"DTensor"}, "the weights must be cut up"
+    assert {str(p.dtype) for p in self.model.parameters() if p.requires_grad} == {"torch.float32"}, "what is trained stays in 32 bits"
+
+
+def cut_by_zero2(self): assert len(self.deepspeed.optimizer.single_partition_of_fp32_groups[0]) < sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+
+def cut_by_zero3(self):
+    assert {p.numel() for p in self.model.parameters()} == {0} and self.deepspeed.optimizer.fp32_partitioned_groups_flat, "the weights must be cut up"
+    if hasattr(self, "policy"): assert all(p.numel() for p in self.policy.model.parameters()), "the sampler must be whole"
+
+
+def train_here(data, out, cases, how, begin, end):
     "What each of several processes does"
     import test_training as t
 
     from videotg_r1.records import read_samples
     world = read_samples(data/"s.jsonl"), None
-    if sharded:
-        pretend_gpu()
-        log = t.grpo.RunTrainer.log
+    if how:
+        (pretend_gpu if how == "fsdp2" else pretend_deepspeed)()
+        log, look = t.grpo.RunTrainer.log, globals()[f"cut_by_{how}"]
         def looking(self, *args, **kwargs):
-            assert {type(p).__name__ for p in self.model.parameters()} == {"DTensor"}, "the weights must be cut up"
-            assert {p.dtype for p in self.model.parameters() if p.requires_grad} == {t.torch.float32}, "what is trained stays in 32 bits"
+            look(self)
             return log(self, *args, **kwargs)
         t.grpo.RunTrainer.log = looking
     for name in cases:
@@ -142,7 +183,7 @@ def train_here(data, out, cases, sharded, begin, end):
             one_training(name, world, out)
     for name in begin:
         with pytest.raises(t.Stop): stopped(t, world, out/name)
-    for name in end: t.run(world, out/name, t.settings(**FOUR))
+    for name in end: four(t, world, out/name)
 
 
 def run_out(m, name):
@@ -157,7 +198,13 @@ def run_out(m, name):
     m.setattr(f.grpo.VideoGRPO, "score", second)
 
 
-FOUR = dict(steps=4, prompts_per_step=4, save_steps=1, schedule="linear")
+def four(t, world, out):
+    "A run of four steps; its name says which kind"
+    from videotg_r1.policy import random_policy
+    kind, policy = out.name.rsplit("_", 1)[-1], random_policy()
+    if kind == "16": policy.model.to(t.torch.bfloat16)
+    more = {"16": dict(precision="bf16", freeze_vision=True), "lora": dict(lora_r=2, freeze_vision=True, weight_decay=.1)}.get(kind, {})
+    return t.run(world, out, t.settings(steps=4, prompts_per_step=4, save_steps=1, schedule="linear", **more), policy=policy)
 
 
 def stopped(t, world, out):
@@ -167,7 +214,7 @@ def stopped(t, world, out):
         if self.state.global_step == 2: raise t.Stop
         return look(self, qids)
     t.grpo.VideoGRPO.look = stopping
-    try: t.run(world, out, t.settings(**FOUR))
+    try: four(t, world, out)
     finally: t.grpo.VideoGRPO.look = look
 
 
@@ -182,11 +229,12 @@ def clips(tmp_path_factory):
     return folder, (samples, None)
 
 
-def train_with(n, clips, out, cases=(), sharded=False, begin=(), end=()):
-    "Train cases in n processes, begin runs and stop them in the third step, end runs that were stopped"
-    (out/"train.py").write_text(TWO.format(root=str(ROOT), here=str(ROOT/"tests"), data=str(clips[0]), out=str(out), cases=list(cases), sharded=sharded, begin=list(begin), end=list(end)))
-    r = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(n), str(out/"train.py")],
-                       env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=900)
+def train_with(n, clips, out, cases=(), how="", begin=(), end=()):
+    "Train cases in n processes, begin runs and stop them in the third step, end runs that were stopped; how: which of params/accelerate cuts up"
+    (out/"train.py").write_text(TWO.format(root=str(ROOT), here=str(ROOT/"tests"), data=str(clips[0]), out=str(out), cases=list(cases), how=how, begin=list(begin), end=list(end)))
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node", str(n)]
+    if how.startswith("zero"): launch = ["accelerate.commands.launch", "--config_file", str(ROOT/f"params/accelerate/{how}.yaml"), "--num_processes", str(n), "--main_process_port", "0"]
+    r = subprocess.run([sys.executable, "-m", *launch, str(out/"train.py")], env=os.environ | dict(OMP_NUM_THREADS="1"), capture_output=True, text=True, timeout=900)
     assert r.returncode == 0, f"{complaint(r.stderr)}\n{r.stderr[-8000:]}"
 
 
@@ -219,33 +267,58 @@ def test_two_processes_train_as_one_and_one_goes_on(clips, tmp_path):
     train_with(2, clips, tmp_path, cases, begin=["of_two"], end=["of_one"])
     same_as_one(clips, tmp_path, cases)
     for name, most in (("sft_memory", 1), ("grpo_memory", 2)): assert [r["at_once"] for r in rows_of_history(tmp_path/name)] == [most]*2
-    _, out = t.run(clips[1], tmp_path/"of_two", t.settings(**FOUR))
+    _, out = four(t, clips[1], tmp_path/"of_two")
     assert out["resumed_from"] == 2
     same_as_unstopped(t, clips, tmp_path, "of_one", "of_two")
 
 
-def same_as_unstopped(t, clips, out, *names):
+def same_as_unstopped(t, clips, out, *names, whole="whole"):
     "Runs whose first two steps and whose last two were made by different numbers of processes"
-    whole, _ = t.run(clips[1], out/"whole", t.settings(**FOUR))
+    policy, _ = four(t, clips[1], out/whole)
     for name in names:
         assert json.loads((out/name/"final/complete.json").read_text())["info"]["resumed_from"] == 2
-        assert weights_gap(whole, load_policy(str(out/name/"final"))) < 1e-4, name
-        for a, b in zip(curve(out/"whole", "loss", "reward"), curve(out/name, "loss", "reward"), strict=True): assert a == pytest.approx(b, abs=1e-5), name
+        assert weights_gap(policy, load_policy(str(out/name/"final"))) < 1e-4, name
+        for a, b in zip(curve(out/whole, "loss", "reward"), curve(out/name, "loss", "reward"), strict=True): assert a == pytest.approx(b, abs=1e-5), name
 
 
 def test_cut_up_over_two_processes_it_trains_as_one(clips, tmp_path):
     import test_training as t
     cases = ("sft", "sft_lora", "grpo_parts", "grpo_lora", "grpo_frozen")
-    train_with(1, clips, tmp_path, sharded=True, begin=["of_one"])
-    train_with(2, clips, tmp_path, (*cases, "grpo_16", "grpo_lora_16"), sharded=True, begin=["of_two"], end=["of_one"])
+    train_with(1, clips, tmp_path, how="fsdp2", begin=["of_one"])
+    train_with(2, clips, tmp_path, (*cases, "grpo_16", "grpo_lora_16"), how="fsdp2", begin=["of_two"], end=["of_one"])
     shutil.copytree(tmp_path/"of_two", tmp_path/"whole_now")
-    with pytest.raises(ValueError, match="written with sharding"): t.run(clips[1], tmp_path/"whole_now", t.settings(**FOUR))
-    train_with(1, clips, tmp_path, sharded=True, end=["of_two"])
+    with pytest.raises(ValueError, match="written with FSDP"): four(t, clips[1], tmp_path/"whole_now")
+    train_with(1, clips, tmp_path, how="fsdp2", end=["of_two"])
     same_as_unstopped(t, clips, tmp_path, "of_one", "of_two")
     same_as_one(clips, tmp_path, cases)
-    for name in ("grpo_16", "grpo_lora_16"):                             # 16-bit weights round a draw now and then, so these are not compared step by step
-        rows = rows_of_history(tmp_path/name)
-        assert len(rows) == 2 and all(r["grad_norm"] > 0 and r["sampling/sampling_logp_difference/mean"] < .03 for r in rows)
+    near_the_sampler(tmp_path)
+
+
+def near_the_sampler(out):
+    "16-bit weights round a draw now and then, so these are not compared step by step"
+    for name in ("grpo_16", "grpo_lora_16"):
+        rows = rows_of_history(out/name)
+        assert len(rows) == 2 and all(r["grad_norm"] > 0 and r["sampling/sampling_logp_difference/mean"] < .03 for r in rows), name
+
+
+@pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed: pip install 'videotg_r1[deepspeed]'")
+@pytest.mark.parametrize("how", ["zero2", "zero3"])
+def test_under_deepspeed_it_trains_as_one(how, clips, tmp_path):
+    "Checkpoints are as one process writes them: what it began, two end under DeepSpeed, and the other way round"
+    import test_training as t
+    cases = ("sft", "sft_lora", "sft_frozen", "sft_nan", "grpo_parts", "grpo_lora", "grpo_frozen", "grpo_span")
+    with pytest.raises(t.Stop): stopped(t, clips[1], tmp_path/"of_one")
+    train_with(2, clips, tmp_path, (*cases, "grpo_16", "grpo_lora_16"), how=how, begin=["of_two", "then_one", "then_one_lora", "then_two_16"], end=["of_one", "whole_16"])
+    train_with(2, clips, tmp_path, how=how, end=["then_two_16"])
+    train_with(1, clips, tmp_path, how=how, end=["of_two"])
+    for name in ("then_one", "then_one_lora"): four(t, clips[1], tmp_path/name)
+    same_as_unstopped(t, clips, tmp_path, "of_one", "of_two", "then_one")
+    same_as_unstopped(t, clips, tmp_path, "then_one_lora", whole="whole_lora")
+    same_as_one(clips, tmp_path, cases)
+    assert [r["skipped_updates"] for r in rows_of_history(tmp_path/"sft_nan")] == [0, 1, 0]
+    assert curve(tmp_path/"then_two_16", "loss", "reward", "grad_norm") == curve(tmp_path/"whole_16", "loss", "reward", "grad_norm")
+    assert weights_gap(*(load_policy(str(tmp_path/o/"final")) for o in ("then_two_16", "whole_16"))) == 0
+    near_the_sampler(tmp_path)
 
 
 def test_groups_may_span_processes_in_equal_shares():

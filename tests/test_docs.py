@@ -3,6 +3,7 @@ import ast
 import configparser
 import importlib.util
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from videotg_r1.cli import VERBS
+from videotg_r1.cli import VERBS, parser
 from videotg_r1.stages import settings_fields, stage_notebook, stage_params
 
 ROOT = Path(__file__).parents[1]
@@ -37,6 +38,16 @@ def test_commands_that_pages_name_exist(path):
     for target in re.findall(r"^make (\w+)", shell, re.M): assert target in targets, f"{path.name}: make {target}"
     for name in re.findall(r"params/(\w+)\.yaml", text):
         assert name == "mine" or (ROOT/f"params/{name}.yaml").is_file(), f"{path.name}: params/{name}.yaml"
+
+
+@pytest.mark.parametrize("path", [ROOT/"README.md", ROOT/"SECURITY.md", *PAGES], ids=lambda p: p.stem)
+def test_commands_in_blocks_are_understood(path, capsys):
+    "Every whole command of a page, with its arguments; nothing is run"
+    blocks = "\n".join(re.findall(r"```(?:sh)?\n(.*?)```", path.read_text(), re.S)).replace("\\\n", " ")
+    for line in re.findall(r"^(?:nohup )?(?:unshare .*?)?(?:\.venv/bin/)?(vtg [a-z].*)", blocks, re.M):
+        words = shlex.split(re.split(r" >| &", line)[0], comments=True)
+        try: parser().parse_args(words[1:])
+        except SystemExit as e: assert not e.code, f"{path.name}: {line}: {capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda p: p.stem)
@@ -72,11 +83,30 @@ def test_every_page_is_in_the_contents():
     assert {p.stem for p in PAGES} - {"index"} <= listed
 
 
-def test_the_reference_reads_docments():
-    "The generator on a source of three lines: names, types, defaults, meanings, and what comes back"
+def generator():
+    "docs/build.py as a module"
     spec = importlib.util.spec_from_file_location("docs_build", ROOT/"docs/build.py")
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
+    return build
+
+
+def test_every_report_is_a_page_and_its_links_lead_somewhere(tmp_path):
+    build = generator()
+    build.SRC = tmp_path
+    build.results()
+    reports = {p.parent.name for p in (ROOT/"reports").glob("*/README.md")}
+    listed = re.findall(r"^([\w-]+)/README$", (tmp_path/"results/index.md").read_text(), re.M)
+    assert sorted(listed) == sorted(reports) and listed[0] == "evidence-headline"
+    for page in [*tmp_path.rglob("README.md"), tmp_path/"results/LOG.md"]:
+        for link in re.findall(r"\]\((?!https?:|#)([^)]*)\)", page.read_text()): assert (page.parent/link).is_file(), f"{page.parent.name}: {link}"
+    front = (tmp_path/"generated/headline.md").read_text()
+    assert front.split("\n")[0] in (ROOT/"reports/evidence-headline/README.md").read_text() and (tmp_path/re.search(r"!\[.*?\]\((.*?)\)", front)[1]).is_file()
+
+
+def test_the_reference_reads_docments():
+    "The generator on a source of three lines: names, types, defaults, meanings, and what comes back"
+    build = generator()
     text = 'def f(\n    a:int, # how many\n    b="x|y", # which\n)->list: # of both\n    "Do it"\n'
     page = build.function_page(ast.parse(text).body[0], build.comments(text))
     assert "| `a` | `int` |  | how many |" in page and "| `b` |  | `'x\\|y'` | which |" in page and "| *returns* | `list` |  | of both |" in page

@@ -262,6 +262,16 @@ def test_the_turn_of_an_unreadable_video_goes_to_the_next_sample(world, tmp_path
     assert out2["resumed_from"] == 3 and gap(ours, again) == 0 and strip(rows_of(out)) == strip(rows_of(out2))
 
 
+@pytest.mark.filterwarnings("ignore:training. set aside")
+def test_a_pool_whose_file_was_struck_before_its_first_line_goes_on(world, tmp_path):
+    "A kill, or a full disk, between making set_aside.jsonl and writing to it"
+    (tmp_path/"run").mkdir(); (tmp_path/"run/set_aside.jsonl").touch()
+    _, out = train(with_broken(world, tmp_path), tmp_path/"run", steps=2, max_broken_share=.25)
+    assert out["set_aside"] == ["q1"] and [r["qid"] for r in read_ledger(tmp_path/"run/set_aside.jsonl")[1]] == ["q1"]
+    (tmp_path/"runs/r/train-grpo/training").mkdir(parents=True); (tmp_path/"runs/r/train-grpo/training/set_aside.jsonl").touch()
+    assert stages.set_aside(tmp_path/"runs", "r") == []             # what a finished run is asked at its end
+
+
 # ---------------------------------------------------------------- memory
 def small_memory(monkeypatch, most, where):
     "A learning pass that holds no more than `most` rows, or answers, with their activations"

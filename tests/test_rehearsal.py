@@ -49,7 +49,7 @@ def test_what_is_measured_on_several_gpus_is_held_against_one(tmp_path):
     assert scaling.alone(a, dict(what="grpo", shape="small")) == 2. and scaling.alone(a, dict(what="estimate", shape="small")) is None
     trace = rehearsal.Trace("cpu")
     trace.rows = [(t, [10*t], [float(t)]) for t in range(5)]
-    trace.grown = [(1., "reflect/a.jsonl", 1), (2., "reflect/a.jsonl", 9), (3., "reflect-2/a.jsonl", 1)]
+    trace.grown = [(.5, "reflect/a.jsonl", 1), (1., "reflect/a.jsonl", 5), (2., "reflect/a.jsonl", 9), (3., "reflect-2/a.jsonl", 4)]
     assert trace.over(1, 3) == dict(util=[20], peak_gib=[3.]) and trace.work("reflect", 0, 9) == (1., 2.) and trace.work("reflect", 0, 1) is None
 
 

@@ -17,6 +17,7 @@ import pytest
 
 from videotg_r1.decode import VideoError, decord_frames, pyav_frames, scan, write_mp4
 from videotg_r1.video import (
+    Clip,
     DecodeWorker,
     FrameCache,
     FrameSpec,
@@ -155,6 +156,18 @@ def test_files_where_decord_lands_on_other_pictures(tmp_path, name, codec, optio
         assert np.abs(which(clip.frames) - clip.frame_ts*8).max() < 1.6, (clip, which(clip.frames)/8 - clip.frame_ts)
         assert np.abs(clip.frame_ts - np.arange(24)/2).max() < .13
         if decoder == "auto": assert (off in clip.note) and (clip.decoder == "pyav") == bool(off)
+
+@pytest.mark.parametrize("hurt", [(0,), (0, 12), (12,)])
+def test_an_avi_with_broken_keyframes_keeps_its_times(tmp_path, hurt):
+    "AVI has no times of showing: they are counted from the first picture that comes, which need not be the first of the file"
+    grain = np.random.default_rng(0).integers(-10, 11, (112, 112, 1))           # else every picture is a keyframe
+    path = encode(tmp_path/"a.avi", (grey(96) + grain).astype(np.uint8), "mpeg4", g=12, b="2000k")
+    with av.open(str(path)) as c: packets = [(p.pos, p.size) for p in c.demux(video=0) if p.size]
+    data = bytearray(path.read_bytes())
+    for pos, size in (packets[k] for k in hurt): data[pos + 8:pos + size] = bytes(size - 8)
+    path.write_bytes(data)
+    clip = read_clip(path, replace(SMALL, decoder="pyav", max_lost=.5))
+    assert f"{12*len(hurt)} of 96" in clip.note and np.abs(which(clip.frames) - clip.frame_ts*8).max() < 1.6, which(clip.frames)/8 - clip.frame_ts
 
 @both
 def test_stream_copied_cut_is_refused_to_decord(tmp_path):
@@ -410,6 +423,21 @@ def test_quarantine_spares_the_next_reader_and_forgets_a_repaired_file(tmp_path)
     assert [r["reason"] for r in quarantined(cache.folder)] == ["no such file"]
     write_mp4(tmp_path/"b.mp4", grey(16, 56), fps=4)
     assert len(read_clip(tmp_path/"b.mp4", SMALL, cache).frames) == 8 and quarantined(cache.folder) == []
+
+def test_a_decoder_that_does_not_start_is_not_held_against_the_video(tmp_path, monkeypatch):
+    path, cache = write_mp4(tmp_path/"a.mp4", grey(16, 56), fps=4), FrameCache(tmp_path/"cache")
+    (tmp_path/"av.py").write_text("raise ImportError('libav is gone')")
+    stop_workers()
+    with monkeypatch.context() as m:
+        m.setenv("PYTHONPATH", str(tmp_path))
+        with pytest.raises(ChildProcessError, match="no decoder starts here .the decoder died .exit 1: ImportError: libav is gone.*vtg doctor"): read_clip(path, SMALL, cache)
+    assert not cache.quarantine.exists() and len(read_clip(path, SMALL, cache).frames) == 8
+
+def test_processes_that_share_a_cache_keep_its_bound_together(tmp_path):
+    clip = Clip(np.zeros((4, 28, 28, 3), np.uint8), np.arange(4)/2, 2., 2.)
+    one, other = (FrameCache(tmp_path, max_bytes=100_000) for _ in range(2))     # as two processes have them
+    for i in range(20): (one, other)[i % 2].put(tmp_path/f"{i:040x}.npz", clip)
+    assert sum(p.stat().st_size for p in tmp_path.glob("*.npz")) <= 100_000
 
 def test_quarantine_of_many_processes_at_once(tmp_path):
     pids = []

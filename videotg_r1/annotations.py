@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 from urllib.parse import unquote
 
-# %% ../nbs/12_annotations.ipynb #2e0d5923
+# %% ../nbs/12_annotations.ipynb #5adb7f5b
 def read_text(
     path, # text file
 )->str: # its text, without a byte order mark; line ends as they are
@@ -30,18 +30,18 @@ def read_text(
     try: return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = data[:e.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: expected UTF-8, got byte 0x{data[e.start]:02x}: find out its encoding "
-            "and convert it first") from None
+        raise ValueError(f"{path}, line {line}: expected UTF-8, got byte 0x{data[e.start]:02x}: "
+                         "find out its encoding and convert it first") from None
 
+# %% ../nbs/12_annotations.ipynb #5d723bf9
 def text_lines(
     path, # text file
 )->list: # of (line number from 1, text without line end); blank lines are left out
     "Numbered lines of a text file"
-    lines = read_text(path).replace("\r\n",
-        "\n").split("\n") # not `splitlines`: it also splits at U+2028 inside a sentence
+    lines = read_text(path).replace("\r\n", "\n").split("\n") # not `splitlines`: it also splits at U+2028 inside a sentence
     return [(n, o) for n,o in enumerate(lines, 1) if o.strip()]
 
-# %% ../nbs/12_annotations.ipynb #3f5ea132
+# %% ../nbs/12_annotations.ipynb #7f3fe625
 def _no_repeats(pairs):
     d = dict(pairs)
     if len(d) < len(pairs):
@@ -58,9 +58,8 @@ def read_json(
     try: out = json.loads(text, object_pairs_hook=_no_repeats)
     except RecursionError: raise ValueError(f"{path}: nested too deep to be annotations") from None
     except ValueError as e: raise ValueError(f"{path}: not usable json ({str(e):.200})") from None
-    if kind and not isinstance(out, kind):
-        raise ValueError(f"{path}: expected a json {'object' if kind is dict else 'list'} at the top, got "
-            f"{type(out).__name__}: is it the right file?")
+    if kind and not isinstance(out, kind): raise ValueError(
+        f"{path}: expected a json {'object' if kind is dict else 'list'} at the top, got {type(out).__name__}: is it the right file?")
     return out
 
 # %% ../nbs/12_annotations.ipynb #8f8afa56
@@ -77,6 +76,7 @@ class _PlainUnpickler(pickle.Unpickler):
     def find_class(self, module, name): raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
     def persistent_load(self, pid): raise pickle.UnpicklingError("outside references are not plain data")
 
+# %% ../nbs/12_annotations.ipynb #949e0c02
 def read_pickle(
     path, # pickle of containers, text and numbers
 ): # plain values
@@ -85,19 +85,16 @@ def read_pickle(
     data, place = Path(path).read_bytes(), -1
     try:
         for code,value,place in pickletools.genops(data):
-            if code.name not in BUILDS: raise ValueError(f"{code.name} "
-                f"{value or ''!s:.60}".strip() + " at byte " + str(place))
+            if code.name not in BUILDS: raise ValueError(f"{code.name} {value or ''!s:.60}".strip() + f" at byte {place}")
             if code.name.endswith("PUT") and int(value) > len(data): raise ValueError(f"memory index {value}")
         if place + 1 < len(data): raise ValueError(f"{len(data) - place - 1} bytes behind its end")
         return _PlainUnpickler(io.BytesIO(data)).load()
     except Exception as e: # a broken pickle can fail in any way; none of them may pass
-        raise ValueError(f"{path}: refused, only containers, text and numbers are unpickled ({type(e).__name__}: "
-            f"{str(e):.120}): "
+        raise ValueError(f"{path}: refused, only containers, text and numbers are unpickled ({type(e).__name__}: {str(e):.120}): "
                          "if you trust who made it, turn it into json with their code") from None
 
-# %% ../nbs/12_annotations.ipynb #6dbd3677
-VIDEO_TYPES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv",
-    ".wmv") # tried in this order
+# %% ../nbs/12_annotations.ipynb #880add2e
+VIDEO_TYPES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".flv", ".3gp", ".ogv", ".wmv") # tried in this order
 
 def unsafe_name(
     name, # of a video, as an annotation gives it
@@ -110,12 +107,11 @@ def unsafe_name(
     if any(unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp") for c in name): return "control characters"
     unfolded = unicodedata.normalize("NFKC", unquote(name))
     for o in (name, unfolded):
-        if "\\" in o or o.startswith(("/", "~")) or re.match(r"[A-Za-z]:|\w+:/",
-            o): return "not relative to the folder of videos"
+        if "\\" in o or o.startswith(("/", "~")) or re.match(r"[A-Za-z]:|\w+:/", o): return "not relative to the folder of videos"
         if {"", ".", ".."} & set(o.split("/")): return "steps out of its folder"
     return "steps out of its folder" if unfolded.count("/") != name.count("/") else ""
 
-# %% ../nbs/12_annotations.ipynb #e3742055
+# %% ../nbs/12_annotations.ipynb #d862996c
 class Videos:
     "The files of videos in some folders, found by name; nothing outside of them is ever named"
     def __init__(self,
@@ -141,8 +137,8 @@ class Videos:
     )->str: # path; where there is no such file, the path where it was looked for first
         "The file of a video"
         for o in names:
-            if why := unsafe_name(o): raise ValueError("the name of a video must lead to a file in its folder, got "
-                f"{o!r:.80}: {why}")
+            if why := unsafe_name(o): raise ValueError(
+                f"the name of a video must lead to a file in its folder, got {o!r:.80}: {why}")
         for folder in self.folders:
             for name in names:
                 at, last = os.path.split(name)
@@ -150,9 +146,8 @@ class Videos:
                 end = next((e for e in ("", *VIDEO_TYPES) if last + e in found), None)
                 if end is None or (end == "" and not os.path.isfile(folder/name)): continue
                 path = folder/(name + end)
-                if (at or found[last + end]) and not self._inside(path, folder):
-                    raise ValueError(f"{name!r:.80} is a link that leaves {folder}: copy the file in, or give the "
-                        "folder it lies in")
+                if (at or found[last + end]) and not self._inside(path, folder): raise ValueError(
+                    f"{name!r:.80} is a link that leaves {folder}: copy the file in, or give the folder it lies in")
                 return str(path)
         first = names[0] if os.path.splitext(names[0])[1].lower() in VIDEO_TYPES else names[0] + ".mp4"
         return str((self.folders or [Path()])[0]/first)
@@ -172,20 +167,19 @@ def span_fault(
     if start >= duration_s or end <= 0: return "outside"
     return "past the end" if end > duration_s else "before 0" if start < 0 else ""
 
+# %% ../nbs/12_annotations.ipynb #ce1bdf56
 def fit_spans(
     spans, # [(start, end), ...] as annotated
     duration_s:float, # length of the video, seconds
     policy:Policy="clip", # what becomes of those that do not fit
 )->tuple: # ([(start, end), ...] that fit, [(span, fault, fate), ...])
     "The spans of one query, as far as they can be used"
-    if policy not in ("clip", "drop", "keep"): raise ValueError("fit_spans.policy must be clip, drop or keep, got "
-        f"{policy!r}")
+    if policy not in ("clip", "drop", "keep"): raise ValueError(f"fit_spans.policy must be clip, drop or keep, got {policy!r}")
     faults = [span_fault(o, duration_s) for o in spans]
     out, notes = [], []
     for span,fault in zip(spans, faults, strict=True):
         usable = fault in ("", "past the end", "before 0") and not (policy == "drop" and any(faults))
         as_is = policy == "keep" and fault != "before 0"
-        if usable: out.append((max(float(span[0]), 0.), float(span[1]) if as_is
-            else min(float(span[1]), float(duration_s))))
+        if usable: out.append((max(float(span[0]), 0.), float(span[1]) if as_is else min(float(span[1]), float(duration_s))))
         if fault: notes.append((span, fault, "left out" if not usable else "kept" if as_is else "cut"))
     return out, notes

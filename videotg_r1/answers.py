@@ -28,6 +28,7 @@ class Truth:
     clip_ids:tuple=() # QVHighlights: clips of 2 s that somebody rated
     saliency:tuple=() # QVHighlights: their ratings 0 to 4, one of each annotator
 
+# %% ../nbs/24_answers.ipynb #0daaf7a7
 @dataclass(frozen=True)
 class Answer:
     "What a system said to one query"
@@ -49,6 +50,7 @@ def _numbers(values):
     if set(map(type, values)) <= {float}: return tuple(values)
     return tuple(map(_number, values))
 
+# %% ../nbs/24_answers.ipynb #349b5389
 def span_list(
     value, # a pair, a list of pairs or of [start, end, score], None or []
 )->tuple: # (((start, end), ...), scores or None)
@@ -111,6 +113,7 @@ def _answer(row):
         if any(map(math.isnan, saliency)): raise ValueError("a clip has no score to rank it by")
     return Answer(_qid(row["qid"]), spans, scores, option_index(choice), saliency if rated else None, quiz)
 
+# %% ../nbs/24_answers.ipynb #06acfcd1
 def _keyed(key, o):
     if isinstance(o, list): return dict(qid=key, spans=o)
     if isinstance(o, dict): return o | dict(qid=key)
@@ -176,6 +179,7 @@ def _charades(path):
         d = seconds.get(vid)
         yield f"line {n}", dict(qid=f"{Path(path).stem}_{n}", vid=vid, spans=spans, duration=d["duration"] if isinstance(d, dict) else d)
 
+# %% ../nbs/24_answers.ipynb #c13322c3
 def _nextgqa(path, data):
     beside, right = Path(path).with_name(Path(path).stem.removeprefix("gsub_") + ".csv"), {}
     for r in csv.DictReader(io.StringIO(read_text(beside))) if beside.is_file() else ():
@@ -185,6 +189,7 @@ def _nextgqa(path, data):
         for q,spans in o["location"].items():
             yield f"video {vid}", dict(qid=f"{vid}_{q}", vid=vid, spans=spans, duration=o["duration"], answer=right.get(f"{vid}_{q}"))
 
+# %% ../nbs/24_answers.ipynb #0efd9c51
 def _json_truths(path, data):
     values = list(data.values()) if isinstance(data, dict) else []
     all_have = lambda *keys: bool(values) and all(isinstance(o, dict) and all(k in o for k in keys) for o in values)
@@ -208,6 +213,7 @@ def json_span(
     try: return [float(o) for o in text.strip().strip("()[]").split(",")]
     except ValueError: raise ValueError(f"expected a span such as [1.5, 20], got {text!r:.60}") from None
 
+# %% ../nbs/24_answers.ipynb #7e0e3013
 def read_truths(
     path, # annotation file, in one of the shapes above
 )->tuple: # (list of `Truth`, how many queries have no span and were left out)

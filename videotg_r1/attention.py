@@ -19,7 +19,7 @@ from fastcore.basics import patch
 
 from .policy import sent, unwrap, video_inputs
 
-# %% ../nbs/31_attention.ipynb #2e4f18c6
+# %% ../nbs/31_attention.ipynb #e2216d1a
 @dataclass
 class Layout:
     "Who sees whom in a row of segments"
@@ -27,6 +27,7 @@ class Layout:
     sees: list    # for each segment the earlier segments that it sees, a tuple of indices
     cached: int = 0 # how many of the segments are in `kv` already and not in the row
     keep: bool = False # remember keys and values of this row in `kv`
+    even: int = 0 # tokens of a block, where the row is cut into blocks of one size, each a segment and fillers that nobody sees
     kv: dict = field(default_factory=dict) # layer -> (keys, values), each [1,heads,S,d]
     plan: list = None # the plan as tensors, see `flat`, where a layer can do without the rest
 
@@ -81,7 +82,7 @@ def batches(self:Layout,
     self._batches = calls, torch.empty_like(real).index_copy(0, order[real] - off, real).to(device)
     return self._batches
 
-# %% ../nbs/31_attention.ipynb #dd4d3c8f
+# %% ../nbs/31_attention.ipynb #294d71e6
 @patch
 def attend(self:Layout,
     layer, # index of the layer
@@ -91,6 +92,10 @@ def attend(self:Layout,
     scale, # of the softmax
 ): # [1,Q,heads,d]
     "Attention of a row under this plan"
+    if self.even:
+        if self.keep: self.kv[layer] = [k, v]
+        one = [x.to(v.dtype)[0].unflatten(1, (-1, self.even)).transpose(0, 1) for x in (q, k, v)]      # [blocks,heads,even,d], no copies
+        return F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2).flatten(0, 1)[None]
     kv = [(x,) for x in (k, v)] if not self.cached else list(zip(self.kv[layer], (k, v), strict=True))
     if self.keep: self.kv[layer] = [torch.cat(x, 2) if len(x) > 1 else x[0] for x in kv]
     if q.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
@@ -279,7 +284,7 @@ def compile_layers(
         if layer._compiled_call_impl is None: layer._compiled_call_impl = fused(layer._call_impl, dynamic=True, **how)
     return policy
 
-# %% ../nbs/31_attention.ipynb #b4f81c4a
+# %% ../nbs/31_attention.ipynb #3c95e04a
 def flashes(
     policy, # Policy
 ): # bool
@@ -297,7 +302,7 @@ def row_inputs(
 ): # dict for model(**batch)
     "A row of segments as model inputs"
     dev = policy.device
-    if flashes(policy) and not (layout.keep or layout.cached): layout.plan = layout.flat(dev)
+    if flashes(policy) and not (layout.keep or layout.cached or layout.even): layout.plan = layout.flat(dev)
     ids, positions = (sent(torch.cat(x, -1), dev) for x in (ids, positions))
     batch = dict(input_ids=ids[None], position_ids=positions[:, None], layout=layout, use_cache=False)
     return batch | (video_inputs(policy, encodeds) if encodeds else {})

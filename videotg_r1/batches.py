@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['YES_NO', 'by_video', 'plan_units', 'longest_first', 'check_fold', 'fold_settings', 'fold_of', 'sample_seed',
            'clip_reader', 'read_ahead', 'is_existence', 'task_prompt', 'event_text', 'within_memory', 'ask_answers',
-           'ask_yes', 'ask_further', 'check_broken', 'find', 'run_batches', 'write_found', 'part_path', 'take_in',
-           'InProcess']
+           'ask_yes', 'ask_further', 'inputs_of', 'TwoSteps', 'check_broken', 'first_steps', 'find', 'run_batches',
+           'write_found', 'part_path', 'take_in', 'InProcess']
 
 # %% ../nbs/34_batches.ipynb #e305dfea
 import itertools
@@ -19,7 +19,7 @@ from functools import singledispatch
 from .compute import model_shape, prompt_cost, total_cost
 from .engine import answer_probability, go_on, in_flight, inference, sample
 from .ledger import Ledger, fingerprint
-from .policy import frame_spec
+from .policy import Encoded, encode, frame_spec, pair_keys
 from .progress import bar
 from .prompts import exists_prompt, prompt_for
 from .video import VideoError, read_clip
@@ -35,6 +35,7 @@ def by_video(
         seen.add(s.qid); groups.setdefault(s.video, []).append(s)
     return [*groups.values()]
 
+# %% ../nbs/34_batches.ipynb #a2ad55b8
 def plan_units(
     samples, # list of `Sample`; qids must differ
     batch_size:int, # samples in a batch, at least 1; a batch may have half as many more
@@ -65,6 +66,7 @@ def check_fold(
     if not 0 <= cfg.fold_index < cfg.fold_size: raise ValueError(
         f"{type(cfg).__name__}.fold_index must be in 0..{cfg.fold_size-1}, one below fold_size, got {cfg.fold_index}")
 
+# %% ../nbs/34_batches.ipynb #0b5bf7ed
 def fold_settings(
     fold:str, # part/parts, as 3/16, counted from 0; empty for the whole set
 )->dict: # fold_size and fold_index; {} for the whole set
@@ -205,6 +207,7 @@ def ask_yes(
     costs = [replace(prompt_cost(shape, e), seconds=seconds) for e in encodeds]
     return (p, costs, kept) if keep else (p, costs)
 
+# %% ../nbs/34_batches.ipynb #a441d13d
 @singledispatch
 def ask_further(
     policy, # Policy
@@ -228,37 +231,74 @@ def ask_further(
         out.append(ask_answers(policy, new, G, shape, max(16, len(new)), prompts=prompts, seed=own, **kwargs))
     return tuple(sum(o, []) for o in zip(*out, strict=True)) if out else ([], [], [])
 
-# %% ../nbs/34_batches.ipynb #33b1650e
+# %% ../nbs/34_batches.ipynb #2e4dd000
+def inputs_of(
+    policy, # Policy, or Judge
+    clips, # list of Clip
+    prompts, # list of str, the user's text about each
+): # list of Encoded, with all that can be known without the model
+    "Questions as inputs"
+    out = [encode(policy, c, p) for c, p in zip(clips, prompts, strict=True)]
+    return [replace(e, keys=k) for e, k in zip(out, pair_keys(out), strict=True)] if all(isinstance(e, Encoded) for e in out) else out
+
+@dataclass
+class TwoSteps:
+    "Work on a batch, the first step of which can be done ahead"
+    first: object # [(Sample, Clip)] -> inputs; in another thread, without the model
+    then: object # ([(Sample, Clip)], inputs) -> one row for each
+
+    def __call__(self, pairs): return self.then(pairs, self.first(pairs))
+
+# %% ../nbs/34_batches.ipynb #be1055bc
 def check_broken(
     n_broken:int, # videos' samples that could not be read
     total:int, # samples of the run
     max_broken_share:float, # in [0,1]
     reason:str="", # of the last one
+    path="the ledger", # where their rows are
 ):
     "Stop a run whose share of samples with unreadable videos is too large"
     if n_broken > max_broken_share*total: raise ValueError(
         f"run_batches: {n_broken} of {total} samples have videos that cannot be read, more than max_broken_share="
-        f"{max_broken_share} allows (last: {reason}). Findings so far are in the ledger; repair or remove the videos "
-        "and start a new ledger, or raise max_broken_share")
+        f"{max_broken_share} allows (last: {reason}). What was found is kept: repair the videos and delete their lines "
+        f"(\"broken\": true) from {path}, or raise max_broken_share")
 
 # %% ../nbs/34_batches.ipynb #aa2a269e
+def first_steps(
+    batches, # list of lists of `Sample`
+    work, # TwoSteps
+    read, # path -> Clip, may raise VideoError
+    readers:int=2, # videos read at the same time
+): # yields (batch, {qid: why its video cannot be read}, [(Sample, Clip)] of the others, what the first step made of them)
+    "Batches, ready to be asked about"
+    for batch, clips in read_ahead(batches, read, readers):
+        bad = {s.qid: str(clips[s.video]) for s in batch if isinstance(clips[s.video], VideoError)}
+        pairs = [(s, clips[s.video]) for s in batch if s.qid not in bad]
+        yield batch, bad, pairs, work.first(pairs) if pairs else None
+
+# %% ../nbs/34_batches.ipynb #24445dd9
 def find(
     batches, # list of lists of `Sample`
-    work, # [(Sample, Clip)] of a batch -> one row (dict with `qid`) for each
+    work, # [(Sample, Clip)] of a batch -> one row (dict with `qid`) for each; or `TwoSteps`
     broken, # (Sample, reason) -> the row of a sample whose video cannot be read
     read, # path -> Clip, may raise VideoError
     readers:int=2, # videos read at the same time
 ): # yields the rows of each batch, in the order of its samples
-    "Work through batches"
-    for batch, clips in read_ahead(batches, read, readers):
-        bad = {s.qid: str(clips[s.video]) for s in batch if isinstance(clips[s.video], VideoError)}
-        pairs = [(s, clips[s.video]) for s in batch if s.qid not in bad]
-        rows = {r["qid"]: r for r in (work(pairs) if pairs else [])}
-        assert set(rows) == {s.qid for s, _ in pairs}, f"work must return a row for each sample, got {sorted(rows)}"
-        rows |= {s.qid: dict(broken(s, bad[s.qid]), broken=True) for s in batch if s.qid in bad}
-        yield [rows[s.qid] for s in batch]
+    "Work through batches; the first step of `TwoSteps` is a batch ahead"
+    two = work if isinstance(work, TwoSteps) else TwoSteps(lambda pairs: None, lambda pairs, _: work(pairs))
+    steps = first_steps(batches, two, read, readers)
+    try:
+        with ThreadPoolExecutor(1, thread_name_prefix="first_step") as pool:
+            coming = pool.submit(next, steps, None)
+            while (now := coming.result()) is not None:
+                coming, (batch, bad, pairs, made) = pool.submit(next, steps, None), now
+                rows = {r["qid"]: r for r in (two.then(pairs, made) if pairs else [])}
+                assert set(rows) == {s.qid for s, _ in pairs}, f"work must return a row for each sample, got {sorted(rows)}"
+                rows |= {s.qid: dict(broken(s, bad[s.qid]), broken=True) for s in batch if s.qid in bad}
+                yield [rows[s.qid] for s in batch]
+    finally: steps.close()
 
-# %% ../nbs/34_batches.ipynb #4ff4a96b
+# %% ../nbs/34_batches.ipynb #e223f858
 def run_batches(
     samples, # list of `Sample`
     work, # [(Sample, Clip)] of a batch -> one row (dict with `qid`) for each
@@ -276,6 +316,7 @@ def run_batches(
     todo = [b for u in plan_units(samples, batch_size) for b in u if any(s.qid not in ledger for s in b)]
     return write_found(find(todo, work, broken, read, readers), samples, ledger, max_broken_share, desc, progress, of)
 
+# %% ../nbs/34_batches.ipynb #67011297
 def write_found(
     found, # yields lists of rows, as `find` does
     samples, # list of `Sample` whose rows these are
@@ -286,14 +327,16 @@ def write_found(
     of:int=0, # samples of the whole set; 0: `samples`
 ): # Counts of all rows in the ledger
     "Write rows as they come, each qid once"
-    n_broken, of = sum(bool(r.get("broken")) for r in ledger.rows()), of or len(samples)
-    check_broken(n_broken, of, max_broken_share, "found by an earlier run")
+    reasons = lambda rows: [r.get("reason") or r.get("miss_reason") or "" for r in rows if r.get("broken")]
+    def check(): check_broken(len(bad), of or len(samples), max_broken_share, *bad[-1:] or [""], ledger.path)
+    bad = reasons(ledger.rows())
+    check()
     with bar(total=len(samples), initial=sum(s.qid in ledger for s in samples), desc=desc, unit="sample", show=progress) as shown:
         for rows in found:
             fresh = [r for r in rows if r["qid"] not in ledger]
             for r in fresh: ledger.append(r)
-            n_broken += sum(bool(r.get("broken")) for r in fresh); shown.update(len(fresh))
-            check_broken(n_broken, of, max_broken_share, next((r.get("reason") or r.get("miss_reason") or "" for r in rows if r.get("broken")), ""))
+            bad += reasons(fresh); shown.update(len(fresh))
+            check()
     return total_cost(ledger.rows())
 
 # %% ../nbs/34_batches.ipynb #aef18fd9
@@ -316,6 +359,7 @@ def take_in(
             path.unlink()
     return ledger
 
+# %% ../nbs/34_batches.ipynb #a6741d15
 @dataclass
 class InProcess:
     "This process does the work"

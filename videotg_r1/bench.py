@@ -8,11 +8,11 @@ __all__ = ['SHAPES', 'AXES', 'BENCHES', 'WIDTHS', 'BenchConfig', 'shaped_policy'
            'floor', 'video_flops', 'row', 'ours_learns', 'weights', 'rows_learn', 'grouper_learns', 'bench_learner',
            'some_weights', 'results', 'in_32_bits', 'bench_exact', 'ours_step', 'rows_step', 'updater', 'hidden_half',
            'bench_step', 'rows_draw', 'ours_draw', 'asked', 'questions', 'reflect', 'rows_reflect', 'reflect_floor',
-           'bench_agents', 'bench_rollout', 'bench_vision', 'clip_files', 'bench_train', 'bench_data', 'scaled',
-           'bench_scaling', 'scaling_figure', 'scaling_panel', 'bench', 'bench_part', 'bench_head', 'bench_line',
-           'write_bench']
+           'in_a_run', 'bench_agents', 'bench_rollout', 'bench_vision', 'clip_files', 'bench_train', 'bench_data',
+           'scaled', 'bench_scaling', 'scaling_figure', 'scaling_panel', 'bench', 'bench_part', 'bench_head',
+           'bench_line', 'write_bench']
 
-# %% ../nbs/79_bench.ipynb #67a6ce9a
+# %% ../nbs/79_bench.ipynb #638326a9
 import gc
 import json
 import statistics
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from .attention import compile_layers
+from .batches import TwoSteps, find, inputs_of
 from .compute import flops, model_shape, text_flops, vision_flops
 from .config import settings
 from .conventional import by_length, conventional, generated, grouped_logps, learn, recomputed, row_logps, stock
@@ -555,7 +556,7 @@ def bench_step(
     tokens = [sum(map(len, make())) for make in (blank, drop)]
     yield row("step, half hidden", a, b, note=f"dropped against blanked: {tokens[0]} -> {tokens[1]} prompt tokens")
 
-# %% ../nbs/79_bench.ipynb #772e583f
+# %% ../nbs/79_bench.ipynb #69ec3875
 def rows_draw(
     work, # Work
 ): # Measured
@@ -569,11 +570,12 @@ def rows_draw(
 def ours_draw(
     work, # Work
     flight=0, # prompts in flight; 0: all
+    encodeds=None, # the prompts as inputs; None: they are encoded here
 ):
     "Answers to the prompts by the engine"
     p, c = work.policy, work.cfg
     p.features = FeatureCache()
-    sample(p, work.encodeds, G=c.G, max_new_tokens=c.max_new_tokens, batch_size=flight or len(work.clips))
+    sample(p, encodeds or work.encodeds, G=c.G, max_new_tokens=c.max_new_tokens, batch_size=flight or len(work.clips))
 
 def asked(
     work, # Work
@@ -581,7 +583,7 @@ def asked(
     "As many prompts as the agents ask together, each with a clip of its own"
     return Work(work.cfg, work.policy, *make_clips(work.cfg, work.policy, work.cfg.asked))
 
-# %% ../nbs/79_bench.ipynb #f643184d
+# %% ../nbs/79_bench.ipynb #825e10ab
 def questions(
     work, # Work
 ): # two lists of Encoded
@@ -591,11 +593,12 @@ def questions(
 
 def reflect(
     work, # Work
+    asked=None, # both questions as inputs; None: they are encoded here
 ): # Rollouts
     "Two questions about each clip by the engine, which reads it once"
     p, c = work.policy, work.cfg
     p.features = FeatureCache()
-    first, then = questions(work)
+    first, then = asked or questions(work)
     kept = []
     answer_probability(p, first, batch_size=len(first), kept=kept)
     with torch.no_grad(): read = go_on(p, kept[0], then)
@@ -625,7 +628,30 @@ def reflect_floor(
         need += text_flops(shape, len(a), logits=1) + text_flops(shape, len(b) - n, n, 1)
     return need/machine.flops + decode_bytes(p, [len(b) for b in then], work.lengths)/machine.bytes
 
-# %% ../nbs/79_bench.ipynb #2650ccc5
+# %% ../nbs/79_bench.ipynb #f2122f6e
+def in_a_run(
+    work, # Work
+    asks, # functions of a query -> prompt
+    then, # lists of Encoded, one for each of `asks` -> anything
+    batches=4, # at least 2; the first is not counted
+): # Measured, a batch
+    "A batch in a run of several, as agents work"
+    p, clips, at = work.policy, {f"{i}.mp4": o for i, o in enumerate(work.clips)}, []
+    todo = [[Sample(f"{b}-{i}", f"v{i}", path, o.duration_s, q, ((0., 1.),)) for i, ((path, o), q) in enumerate(zip(clips.items(), work.queries, strict=True))]
+            for b in range(batches)]
+    def answer(pairs, made):
+        then(*made)
+        return [dict(qid=s.qid) for s, _ in pairs]
+    release(work)
+    try:
+        for _ in find(todo, TwoSteps(lambda pairs: [inputs_of(p, work.clips, list(map(ask, work.queries))) for ask in asks], answer), None, clips.get):
+            at.append(time.perf_counter())
+            if len(at) == 1 and p.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
+        return Measured(statistics.median(b - a for a, b in pairwise(at)), torch.cuda.max_memory_allocated()/2**30 if p.device.type == "cuda" else 0.)
+    except Exception as e: return Measured(error=told(e))
+    finally: release(work)
+
+# %% ../nbs/79_bench.ipynb #36d85392
 def bench_agents(
     work, # Work
     machine, # Machine
@@ -642,6 +668,9 @@ def bench_agents(
     theirs = measure(work, partial(rows_reflect, work), partial(rows_reflect, work.first(1), 2) if work.real else None)
     yield row(f"agents: reflection, {n} x {K}", ours, as_many(theirs), reflect_floor(many, machine), many.tokens,
               speed(ours, theirs))
+    draw, ask = lambda made: ours_draw(many, flight, made), lambda *made: reflect(many, made)
+    yield row(f"agents: difficulty, {n} x {K}, in a run", in_a_run(many, (vtg_prompt,), draw), None, floor(many, machine, draws=True), many.tokens)
+    yield row(f"agents: reflection, {n} x {K}, in a run", in_a_run(many, (exists_prompt, elsewhere_prompt), ask), None, reflect_floor(many, machine), many.tokens)
 
 # %% ../nbs/79_bench.ipynb #381938a2
 def bench_rollout(

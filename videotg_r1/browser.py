@@ -34,6 +34,7 @@ def reward_parts(
     parts = score_completion(raw, s, dict.fromkeys(names, 1.), think)
     return {k: round(parts[k], 4) for k in names if parts[k] is not None}
 
+# %% ../nbs/74_browser.ipynb #62de96c2
 def answer_row(
     s, # Sample
     name:str, # of the model
@@ -82,6 +83,7 @@ def outside(
     edges = [0., *np.asarray(merge_spans(np.clip(keep, 0, duration_s))).ravel().tolist(), float(duration_s)]
     return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if b > a]
 
+# %% ../nbs/74_browser.ipynb #6852ca6f
 def hidden_at_first(
     samples, # list of `Sample` with annotated spans
     curriculum:Curriculum, # with the difficulties of these samples
@@ -251,6 +253,7 @@ def media_of(
     extra = "".join(f'<script type="application/json" id="media-{i}">{data(f)}</script>' for i, f in enumerate(files) if inside and there[f])
     return [{k: v for k, v in r.items() if k != "video"} | dict(media=number[r["video"]]) for r in rows], links, extra
 
+# %% ../nbs/74_browser.ipynb #66e08384
 def browser_page(
     rows, # of `sample_rows`, of one or several sets, in the order shown
     title:str, # of the page
@@ -284,6 +287,7 @@ def curriculum_of(
             return Curriculum(from_params(CurriculumConfig, s["params"]["curriculum"]), difficulties), s["metrics"].get("steps") or 1
     return None, 1
 
+# %% ../nbs/74_browser.ipynb #43e816d5
 def run_rows(
     run_dir, # folder of a run
 )->list: # dicts of `sample_rows`: held-out, questions, training
@@ -301,6 +305,7 @@ def run_rows(
             + (sample_rows(questions_of(stages), "questions", asked, think=think) if asked else [])
             + sample_rows(sets["train"], "training", None, hard, seen, hidden))
 
+# %% ../nbs/74_browser.ipynb #26ab3640
 def write_browser(
     run_dir, # folder of a run
     out="", # html file to write; empty: samples.html in the run folder

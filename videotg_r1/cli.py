@@ -41,6 +41,7 @@ def params_of(
     "A params file, read"
     return lib("config").load_params(lib("datasets").params_file(name))
 
+# %% ../nbs/82_cli.ipynb #4ee67849
 def run(
     args, # params, jobs, force, only, part, job_file, runs, reports, stall
 )->int: # exit code
@@ -57,6 +58,7 @@ def run(
     if aside: say(f"set aside: {len(aside)} samples whose videos cannot be read, first {', '.join(aside[:3])}", file=sys.stderr)
     return 3 if aside else 0
 
+# %% ../nbs/82_cli.ipynb #911c17fa
 def pairs(
     items, # texts `name=value`
 )->dict: # name -> value, as YAML reads it
@@ -68,6 +70,7 @@ def pairs(
         (Path(d)/"given.yaml").write_text("\n".join(o.replace("=", ": ", 1) for o in items))
         return lib("config").load_params(Path(d)/"given.yaml")
 
+# %% ../nbs/82_cli.ipynb #31c71bf0
 def stage(
     args, # name, values, params, run_dir, force, list, stall
 )->int: # exit code
@@ -124,6 +127,7 @@ def ground(
     say(f"timeline: {out}")
     return 0
 
+# %% ../nbs/82_cli.ipynb #80f88345
 def world(
     args, # folder, values, workers
 )->int: # exit code
@@ -175,6 +179,7 @@ def compare(
     say(f"\n{t.write_explanation(found, a, args.page)}")
     return 0
 
+# %% ../nbs/82_cli.ipynb #e57ba217
 def compare_files(
     args, # a, b, truth, task, out, policy, rules
 )->int: # exit code
@@ -246,6 +251,7 @@ def explore(
     say(f"open them with: jupyter lab {folder}   (pip install jupyterlab, where it is missing)")
     return 0
 
+# %% ../nbs/82_cli.ipynb #5deaa0c1
 def watch(
     args, # run, runs, every, once
 )->int: # 1 if a stage failed
@@ -261,6 +267,7 @@ def browse(
     say(lib("browser").write_browser(lib("export").find_run(args.run, args.runs), args.out, args.embed))
     return 0
 
+# %% ../nbs/82_cli.ipynb #67aa96d9
 def export(
     args, # run, to, variant, runs, force
 )->int: # exit code
@@ -307,6 +314,7 @@ def data_files(
     given |= {k: p[k] for k in ("policy", "filters", "allow_leak") if k in p} | dict(root="")
     return d.data_parts(*(p.get(k, "") for k in ("source", "train", "heldout", "videos", "root", "report_on"))), given
 
+# %% ../nbs/82_cli.ipynb #0684dc17
 def data(
     args, # name, root, train, heldout, videos, policy, filters, check, workers, out, allow_leak
 )->int: # 1 if something is missing
@@ -319,11 +327,13 @@ def data(
     say(f"{out/'report.html'}")
     return int(any(f.level == "missing" for f in report.findings))
 
+# %% ../nbs/82_cli.ipynb #6376955a
 def bring(
     args, # kind, file, samples, out
 )->int: # exit code
     "turn reflections or difficulties made elsewhere into a ledger that selection and training read"
     e = lib("external")
+    if args.kind != "time_r1" and not args.samples: raise ValueError(f"{args.kind} are about samples: give --samples, the jsonl of the prepare stage")
     if args.kind == "time_r1": found = e.import_time_r1(args.file, args.out)
     else: found = e.import_findings(args.kind, args.file, lib("records").read_samples(args.samples), args.out)
     for k,v in found.items(): say(f"{k:12}{v}")
@@ -461,6 +471,7 @@ def stoppable()->None: # SIGTERM ends the process as Ctrl-C does: what was start
     def stop(number, frame): raise KeyboardInterrupt
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, stop)
 
+# %% ../nbs/82_cli.ipynb #19f74104
 def main(
     argv=None, # arguments; those of the process by default
 )->int: # exit code

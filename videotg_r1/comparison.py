@@ -51,6 +51,7 @@ def paired_rows(
                         p=permutation_p(x, y, vids, seed=seed), n=d["n"], videos=d["n_clusters"], verdict=verdict(d).split(" (")[0]))
     return out
 
+# %% ../nbs/26_comparison.ipynb #8bb7985b
 def compare(
     task:str, # vtg, qvhighlights, nextgqa or rextime
     truths, # list of `Truth`
@@ -83,6 +84,7 @@ def compare_files(
     "Compare two files of answers"
     return compare(task, read_truths(truth)[0], read_answers(a), read_answers(b), p, n, seed)
 
+# %% ../nbs/26_comparison.ipynb #e01cf253
 def comparison_lines(
     rows, # of `compare`
     names=("A", "B"), # of the two systems

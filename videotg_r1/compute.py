@@ -117,6 +117,7 @@ def prompt_cost(
     return Counts(prompts=1, prompt_tokens=n - known, visual_tokens=0 if known else int(encoded.n_video_tokens),
                   generated_tokens=int(sum(generated)), flops=float(spent))
 
+# %% ../nbs/33_compute.ipynb #8ed6290e
 def total_cost(
     rows, # ledger rows
 ): # Counts

@@ -41,6 +41,7 @@ def _complaint(cls, err):
         return own if own.startswith(cls.__name__) else f"{cls.__name__}{'.' + name if name else ''}: {own}"
     return f"{cls.__name__}.{name}: {_misfit(err)}"
 
+# %% ../nbs/03_config.ipynb #f2bffa95
 def _refuse_truth_values(cls, values):
     "True counts as 1 for Python; for a setting it is a mistake"
     for f in fields(cls):
@@ -172,6 +173,7 @@ _NAMED_SECRETS = re.compile(r"""(\b\w{0,40}(?:api_?key|auth_?token|access_?token
                             r"""[\w+/=.~!@#$%^&*-]{8,200}(?=\\?["'])""", re.I) # name = "value", in code and in json
 _SECRET_NAMES = re.compile(r"TOKEN|SECRET|PASSW|API_?KEY|ACCESS_KEY|PRIVATE_KEY|CREDENTIAL|AUTH(?!OR)", re.I)
 
+# %% ../nbs/03_config.ipynb #ea53dbd7
 def secrets_here(
     env=None, # name -> value; the environment of this process if None
 )->list: # values, the longest first

@@ -144,6 +144,7 @@ def ratio(self:Curriculum,
     if step >= self.cfg.until*total: return 0.
     return self.levels.get(qid, self.cfg.start) if self.cfg.scope == "sample" else self.level
 
+# %% ../nbs/43_curriculum.ipynb #ee686974
 @patch
 def observe(self:Curriculum,
     qid:str, # sample
@@ -189,6 +190,7 @@ def hidden(self:Curriculum,
     for s, e in sample.spans: out[np.abs(np.asarray(frame_ts) - (s + e)/2).argmin()] = False
     return out, keep
 
+# %% ../nbs/43_curriculum.ipynb #7573c512
 @patch
 def view(self:Curriculum,
     sample, # Sample

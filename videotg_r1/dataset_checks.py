@@ -7,7 +7,7 @@ __all__ = ['LOOK', 'CSP', 'STYLE', 'Finding', 'some', 'identity', 'look_at', 'lo
            'check_videos', 'plain', 'check_between', 'vids_of', 'relatives', 'distributions', 'bars', 'svg',
            'DataReport', 'as_text', 'as_html', 'as_dict', 'check_part', 'unusable', 'check_parts', 'set_parts']
 
-# %% ../nbs/15_dataset_checks.ipynb #588c34c4
+# %% ../nbs/15_dataset_checks.ipynb #fe6d17f0
 import html
 import json
 import os
@@ -19,13 +19,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .annotations import Policy
-from .datasets import (SETS, FilterConfig, Part, annotation_file, counted, filtered, known_set, leak,
-    read_set, rows_read, shared_films,
-                                 video_folders)
+from .datasets import (
+    SETS, FilterConfig, Part, annotation_file, counted, filtered, known_set, leak, read_set, rows_read, shared_films, video_folders)
 from .ledger import Ledger
 from .progress import bar
 from .records import printable, write_atomic
-from .video import DecodeWorker, FrameSpec, WorkerLost
+from .video import DecodeWorker, FrameSpec, VideoError, WorkerLost, probe
 
 # %% ../nbs/15_dataset_checks.ipynb #e6cd022a
 @dataclass(frozen=True)
@@ -44,9 +43,8 @@ def some(
     names = list(names)
     return ", ".join(printable(o, 60) for o in names[:n]) + (f" and {len(names) - n:,} more" if len(names) > n else "")
 
-# %% ../nbs/15_dataset_checks.ipynb #5dead42e
-LOOK = FrameSpec(fps=1., max_pixels=32*28*28,
-    decoder="pyav") # what `decode` takes of a file: small pictures, one a second
+# %% ../nbs/15_dataset_checks.ipynb #d5e5d0a2
+LOOK = FrameSpec(fps=1., max_pixels=32*28*28, decoder="pyav") # what `decode` takes of a file: small pictures, one a second
 
 def identity(
     path, # video file
@@ -56,23 +54,25 @@ def identity(
     except (OSError, ValueError): return ""
     return f"{path}|{stat.st_size}|{stat.st_mtime_ns}"
 
+# %% ../nbs/15_dataset_checks.ipynb #8eeafe3e
 def look_at(
-    path, # video file
+    path, # video file, or an .npz of frames
     worker:DecodeWorker, # the child that decodes
     depth:str="scan", # scan or decode
     timeout_s:float=60., # for one file
 )->dict: # duration_s, width, height, fps, codec; or error
     "What one file holds"
-    path, request = os.path.abspath(path), dict(do="scan")
+    path, ask = os.path.abspath(path), lambda **request: worker.ask(request, timeout_s)[0]
     try:
-        message, _ = worker.ask(request | dict(path=path), timeout_s)
-        if "error" not in message and depth == "decode":
-            more, _ = worker.ask(dict(do="read", path=path, spec=asdict(LOOK)), timeout_s)
-            message = message | {k: v for k,v in more.items() if k == "error"}
+        message = dict(info=vars(probe(path))) if path.endswith(".npz") else ask(do="scan", path=path)
+        if "error" not in message and depth == "decode" and not path.endswith(".npz"):
+            message = message | {k: v for k,v in ask(do="read", path=path, spec=asdict(LOOK)).items() if k == "error"}
     except WorkerLost as e: message = dict(error=[str(e)])
+    except VideoError as e: message = dict(error=[e.reason])
     if "error" in message: return dict(error=printable(message["error"][0], 200))
     return {k: message["info"][k] for k in ("duration_s", "width", "height", "fps", "codec")}
 
+# %% ../nbs/15_dataset_checks.ipynb #84f7384a
 def look_at_all(
     paths, # video files that exist
     ledger_path, # where findings are kept
@@ -112,6 +112,7 @@ class Checked:
     def name(self): return f"{self.part.name} {self.part.split}"
     def say(self, level, what, text): self.findings.append(Finding(level, what, f"{self.name}: {text}"))
 
+# %% ../nbs/15_dataset_checks.ipynb #1c7b4dba
 def check_rows(
     c:Checked, # gets findings about counts and spans
     cfg:FilterConfig, # filters of the training set
@@ -121,24 +122,22 @@ def check_rows(
     wanted = data.rows.get(c.part.split)
     same = wanted is None or (round(n, -3) if data.about else n) == wanted
     published = "no published number" if wanted is None else "as published" if same else f"{wanted:,} were published"
-    c.say("ok" if same and c.samples else "missing", "rows", f"{n:,} rows in {c.part.path.name}, {published}; {len(c.samples):,} "
-        f"usable, of {len({s.vid for s in c.samples}):,} videos")
+    c.say("ok" if same and c.samples else "missing", "rows", f"{n:,} rows in {c.part.path.name}, {published}; "
+          f"{len(c.samples):,} usable, of {len({s.vid for s in c.samples}):,} videos")
     by = defaultdict(list)
     for o in c.issues: by[o.fault, o.fate].append(o)
     for (fault, fate),found in by.items():
         qids, far = dict.fromkeys(o.qid for o in found), {o.qid for o in found if o.over_s > 1}
         more = f", {len(far):,} by more than a second" if fault == "past the end" else ""
-        c.say("note", "spans" if fault in ("past the end", "before 0", "outside", "backwards", "empty",
-            "not a number") else "queries",
-              f"{len(qids):,} queries: {fault}{more}, {fate} ({some(qids)})")
-    if many := sum(len(s.spans) > 1 for s in c.samples): c.say("note", "spans",
-        f"{many:,} queries have several true spans; all of them are kept")
+        of_span = fault in ("past the end", "before 0", "outside", "backwards", "empty", "not a number")
+        c.say("note", "spans" if of_span else "queries", f"{len(qids):,} queries: {fault}{more}, {fate} ({some(qids)})")
+    if many := sum(len(s.spans) > 1 for s in c.samples):
+        c.say("note", "spans", f"{many:,} queries have several true spans; all of them are kept")
     twice = Counter((s.vid, s.query.casefold()) for s in c.samples)
-    if twice := [k for k,v in twice.items() if v > 1]: c.say("note", "queries",
-        f"{len(twice):,} queries come more than once for the same video ({some(q for _,q in twice[:4])})")
+    if twice := [k for k,v in twice.items() if v > 1]:
+        c.say("note", "queries", f"{len(twice):,} queries come more than once for the same video ({some(q for _,q in twice[:4])})")
     c.kept, left = filtered(c.samples, cfg) if c.part.role == "train" else (c.samples, {})
-    if left: c.say("note", "filters", ", ".join(f"{v:,} {k}" for k,
-        v in left.items()) + f": left out of training, {len(c.kept):,} remain")
+    if left: c.say("note", "filters", f"{', '.join(f'{v:,} {k}' for k,v in left.items())}: left out of training, {len(c.kept):,} remain")
 
 # %% ../nbs/15_dataset_checks.ipynb #76b8aba9
 def off_length(
@@ -148,6 +147,7 @@ def off_length(
     "Whether an annotated length is wrong"
     return abs(annotated_s - measured_s) > max(1., .02*annotated_s)
 
+# %% ../nbs/15_dataset_checks.ipynb #6602c7e3
 def check_videos(
     c:Checked, # gets findings about its videos
     ledger_path=None, # where findings about files are kept; None opens no file
@@ -161,10 +161,11 @@ def check_videos(
     folders = ", ".join(map(str, c.part.videos))
     if not any(Path(o).is_dir() for o in c.part.videos): return c.say("missing", "videos", f"no folder {folders}")
     gone = sorted(lengths[p][0] for p in set(lengths) - set(there))
-    c.say("missing" if gone else "ok", "videos", f"{len(there):,} of {len(lengths):,} videos in "
-        f"{folders}" + (f"; not there: {some(gone)}" if gone else ""))
+    c.say("missing" if gone else "ok", "videos",
+          f"{len(there):,} of {len(lengths):,} videos in {folders}" + (f"; not there: {some(gone)}" if gone else ""))
     if ledger_path is None or not there: return None
-    c.seen = look_at_all(there, ledger_path, depth, workers)
+    try: c.seen = look_at_all(there, ledger_path, depth, workers)
+    except ChildProcessError as e: return c.say("missing", "videos", f"not looked at: {e}") # what can be said without them is said
     bad = {lengths[p][0]: o["error"] for p,o in c.seen.items() if "error" in o}
     named = ": " + some(f"{k} ({v})" for k,v in bad.items()) if bad else ""
     c.say("missing" if bad else "ok", "videos", f"{len(bad):,} of {len(c.seen):,} cannot be decoded{named}")
@@ -184,6 +185,7 @@ def plain(
     "A sentence as it is compared"
     return " ".join(re.findall(r"\w+", query.casefold()))
 
+# %% ../nbs/15_dataset_checks.ipynb #3021097f
 def check_between(
     checked, # list of Checked
     allow_leak:bool=False, # the params file says so
@@ -194,26 +196,25 @@ def check_between(
     for c in checked:
         if c.part.role == "train" or not train or not c.samples: continue
         if why := leak(train, c.samples):
-            out.append(Finding("note" if allow_leak else "missing", "leak",
-                f"{c.name}: {why}" + ("; allow_leak is true" if allow_leak
-                else ": train on other splits, or say allow_leak: true")))
+            told = "; allow_leak is true" if allow_leak else ": train on other splits, or say allow_leak: true"
+            out.append(Finding("note" if allow_leak else "missing", "leak", f"{c.name}: {why}{told}"))
         else: out.append(Finding("ok", "leak", f"{c.name}: none of its videos trains"))
         if same := [s for s in c.samples if plain(s.query) in asked]:
             most = Counter(plain(s.query) for s in same).most_common(3)
-            out.append(Finding("note", "queries", f"{c.name}: {len(same):,} of {len(c.samples):,} samples ask with a "
-                f"sentence that also trains ({some(q for q,_ in most)})"))
+            out.append(Finding("note", "queries", f"{c.name}: {len(same):,} of {len(c.samples):,} samples ask with a sentence "
+                               f"that also trains ({some(q for q,_ in most)})"))
     return out
 
-# %% ../nbs/15_dataset_checks.ipynb #0f6e2031
+# %% ../nbs/15_dataset_checks.ipynb #cb8809fa
 def vids_of(
     name:str, # of a set
     path, # annotation file
 )->dict: # vid -> how many rows
     "Which videos an annotation file names, unjudged"
     try: return Counter(r.vid for r in known_set(name).read(path) if isinstance(r.vid, str))
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError,
-        ZeroDivisionError): return {} # its own report says what is wrong with it
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError): return {} # its own report says what is wrong
 
+# %% ../nbs/15_dataset_checks.ipynb #4a094925
 def relatives(
     checked, # list of Checked, of one set
     root, # folder of the sets
@@ -231,9 +232,8 @@ def relatives(
                 if c.part.split == split == "train": continue # two sets that train may share what they like
                 if shared := shared_films(others, c.samples):
                     n = sum(s.vid in shared for s in c.samples)
-                    out.append(Finding("note", "shared", f"{c.name}: {len(shared):,} videos ({n:,} of "
-                        f"{len(c.samples):,} samples) are also in {name} {split}: "
-                                                         "never train on one and report on the other"))
+                    out.append(Finding("note", "shared", f"{c.name}: {len(shared):,} videos ({n:,} of {len(c.samples):,} samples) "
+                                       f"are also in {name} {split}: never train on one and report on the other"))
     return out
 
 # %% ../nbs/15_dataset_checks.ipynb #22243574
@@ -248,6 +248,7 @@ def distributions(
             "part that a true span takes": ([min((b - a)/d, 1.) for a,b,d in spans], 0., 1., "share of the video"),
             "length of the queries": ([len(s.query.split()) for s in samples], .5, None, "words")}
 
+# %% ../nbs/15_dataset_checks.ipynb #103515fe
 def bars(
     values, # numbers
     lo:float, # left end; .5 for whole numbers from 1
@@ -264,6 +265,7 @@ def bars(
         hi = float(lo + n*step)
     return np.histogram(v.clip(lo, hi), n, (lo, hi))[0].tolist(), hi
 
+# %% ../nbs/15_dataset_checks.ipynb #6dc2105d
 def svg(
     title:str, # what is shown
     values, # numbers, at least one
@@ -322,14 +324,15 @@ class DataReport:
         if bad: return f"{len(bad)} of {len(self.findings)} findings need you"
         return f"nothing is missing; {sum(f.level == 'note' for f in self.findings)} notes"
 
-# %% ../nbs/15_dataset_checks.ipynb #19bf4df3
+# %% ../nbs/15_dataset_checks.ipynb #31a48a34
 def as_text(
     r:DataReport, # what was found
 )->str: # lines
     "A report for a terminal"
-    return "\n".join([f"{printable(r.title, 200)}: {r.verdict}"] + [f"{f.level:8}{f.what:12}{printable(f.text, 600)}"
-        for f in r.findings])
+    lines = [f"{f.level:8}{f.what:12}{printable(f.text, 600)}" for f in r.findings]
+    return "\n".join([f"{printable(r.title, 200)}: {r.verdict}", *lines])
 
+# %% ../nbs/15_dataset_checks.ipynb #28dffec4
 def as_html(
     r:DataReport, # what was found
     listed:int=200, # faults that are listed for each file
@@ -384,6 +387,7 @@ def check_part(
         check_videos(c, ledger_path, depth, workers)
     return c
 
+# %% ../nbs/15_dataset_checks.ipynb #88ddd702
 def unusable(
     c:Checked, # with its videos opened
 )->list: # of dicts: video, what (missing or undecodable), why
@@ -414,14 +418,16 @@ def check_parts(
         write_atomic(Path(out)/"report.json", json.dumps(as_dict(report), indent=1) + "\n")
     return report
 
+# %% ../nbs/15_dataset_checks.ipynb #9fadb531
 def set_parts(
     name:str, # of a set
     root, # folder of the sets, or the set's own
 )->list: # of Part, the splits that are there
     "All annotation files of a set"
     files = {s: annotation_file(name, s, root) for s in known_set(name).files}
-    found = [Part("train" if s == "train" else "heldout", name, p, tuple(video_folders(name, root)), s) for s,
-        p in files.items() if p.is_file()]
-    if not found: raise ValueError(f"no annotation file of {name} below {root}: expected "
+    found = [Part("train" if s == "train" else "heldout", name, p, tuple(video_folders(name, root)), s)
+             for s,p in files.items() if p.is_file()]
+    if not found: raise ValueError(
+        f"no annotation file of {name} below {root}: expected "
         f"{' or '.join(str(p) for p in files.values()) or 'a set with a layout'}")
     return found

@@ -43,7 +43,7 @@ def repo_path(
     if clone or here.exists() or not carried.is_relative_to(shipped) or not path or not carried.exists(): return here
     return carried
 
-# %% ../nbs/14_datasets.ipynb #c3112598
+# %% ../nbs/14_datasets.ipynb #d91515f6
 def params_file(
     name, # path of a params file, or the name of a shipped one, as in quickstart
 )->Path: # the file
@@ -52,8 +52,9 @@ def params_file(
         if p.is_file(): return p
     known = sorted({p.stem for p in repo_path("params").glob("*.yaml")})
     near = get_close_matches(Path(name).stem, known, 1)
-    raise ValueError(f"no params file {name}{f'; did you mean {near[0]!r}?' if near else ''}: give the path of a YAML "
-        f"file, or one of {', '.join(known)}")
+    raise ValueError(
+        f"no params file {name}{f'; did you mean {near[0]!r}?' if near else ''}: give the path of a YAML file, "
+        f"or one of {', '.join(known)}")
 
 # %% ../nbs/14_datasets.ipynb #045e4cf0
 @dataclass
@@ -70,14 +71,15 @@ class Row:
     video:str="" # path of the video, where the file gives one
     note:str="" # what a reader should know about the row
 
+# %% ../nbs/14_datasets.ipynb #14644fc8
 def lengths(
     path, # annotation file
     *more, # other files that may hold them, relative to its folder
 )->dict: # vid -> seconds
     "Lengths of videos from `durations.json` beside an annotation file"
     here = Path(path).parent
-    found = [p for p in (here/"durations.json", *sorted(here.glob("*durations*.json")), *(here/o for o in more))
-        if p.is_file()]
+    likely = here/"durations.json", *sorted(here.glob("*durations*.json")), *(here/o for o in more)
+    found = [p for p in likely if p.is_file()]
     out = {}
     for p in dict.fromkeys(reversed(found)): # the likeliest last: it wins
         out |= {k: v.get("duration") if isinstance(v, dict) else v for k,v in read_json(p, dict).items()}
@@ -90,27 +92,29 @@ def named(
     "The name of a row without one"
     return f"{Path(path).stem}_{n}"
 
-# %% ../nbs/14_datasets.ipynb #0cfa8a04
+# %% ../nbs/14_datasets.ipynb #e4bcf041
 def charades_rows(
     path, # charades_sta_train.txt or charades_sta_test.txt, with durations.json beside it
 ): # yields Row
     "Rows of Charades-STA: `VID start end##query`"
     if not (seconds := lengths(path)):
-        raise ValueError(f"charades_sta: {Path(path).parent/'durations.json'} is missing: expected a json of vid -> "
-            f"seconds beside {Path(path).name}")
+        raise ValueError(
+            f"charades_sta: {Path(path).parent/'durations.json'} is missing: "
+            f"expected a json of vid -> seconds beside {Path(path).name}")
     for n,line in text_lines(path):
         head, mark, query = line.partition("##")
-        if not mark or len(parts := head.split()) != 3: raise ValueError(f"{path}, line {n}: expected `VID start "
-            f"end##query`, got {line[:80]!r}")
+        if not mark or len(parts := head.split()) != 3: raise ValueError(
+            f"{path}, line {n}: expected `VID start end##query`, got {line[:80]!r}")
         yield Row(named(path, n), parts[0], seconds.get(parts[0]), query, [tuple(parts[1:])])
 
+# %% ../nbs/14_datasets.ipynb #129f4d74
 def activitynet_rows(
     path, # train.json, val_1.json or val_2.json
 ): # yields Row
     "Rows of ActivityNet Captions: vid -> duration, timestamps, sentences"
     for vid,o in read_json(path, dict).items():
-        if len(o["timestamps"]) != len(o["sentences"]): raise ValueError(f"{path}: {vid!r:.80} has "
-            f"{len(o['timestamps'])} timestamps for {len(o['sentences'])} sentences")
+        if len(o["timestamps"]) != len(o["sentences"]): raise ValueError(
+            f"{path}: {vid!r:.80} has {len(o['timestamps'])} timestamps for {len(o['sentences'])} sentences")
         for i,(span, query) in enumerate(zip(o["timestamps"], o["sentences"], strict=True)):
             yield Row(f"{Path(path).stem}_{vid}_{i}", vid, o["duration"], query, [span])
 
@@ -133,6 +137,7 @@ def tacos_rows(
         r.names = (f"{r.vid}-cam-002", r.vid)
         yield r
 
+# %% ../nbs/14_datasets.ipynb #dc031388
 def didemo_rows(
     path, # {train,val,test}_data.json
 ): # yields Row
@@ -178,6 +183,7 @@ def hirest_rows(
                 qid = f"{Path(path).stem}_{n}_{vid}{i}"
                 yield Row(qid, vid, o["v_duration"], text, [span] if known else [], (name, vid))
 
+# %% ../nbs/14_datasets.ipynb #beb3a19f
 def hirest_step_rows(
     path, # all_data_{train,val}.json
 ): # yields Row
@@ -199,6 +205,7 @@ def sentence(
         if n > LONGEST_QUERY + 1: break # a short pickle can hold one word a million times
     return " ".join(out)
 
+# %% ../nbs/14_datasets.ipynb #255e4270
 def queryd_rows(
     path, # train_list.txt, with two pickles and durations.json beside it
 ): # yields Row
@@ -206,13 +213,13 @@ def queryd_rows(
     words, spans = (read_pickle(Path(path).parent/f"{o}_captions_combined_filtered-v2.pkl") for o in ("raw", "times"))
     seconds = lengths(path)
     for o in (words, spans):
-        if not isinstance(o, dict): raise ValueError(f"queryd: the pickles beside {path} must hold vid -> captions, "
-            f"got {type(o).__name__}")
+        if not isinstance(o, dict): raise ValueError(
+            f"queryd: the pickles beside {path} must hold vid -> captions, got {type(o).__name__}")
     for n,vid in text_lines(path):
         vid = vid.strip()
         if vid not in words or vid not in spans or len(words[vid]) != len(spans[vid]):
-            raise ValueError(f"{path}, line {n}: {vid!r:.80} must have as many captions as times in the two pickles "
-                "beside it")
+            raise ValueError(
+                f"{path}, line {n}: {vid!r:.80} must have as many captions as times in the two pickles beside it")
         name = vid.removeprefix("video-")
         for i,(query, span) in enumerate(zip(words[vid], spans[vid], strict=True)):
             yield Row(f"queryd_{name}_{i}", name, seconds.get(name), sentence(query), [span])
@@ -234,6 +241,7 @@ def nextgqa_rows(
         yield Row(f"{vid}_{number}", vid, about.get("duration"), o["question"],
             about.get("location", {}).get(number, []), (folder.get(vid, vid), vid), options, answer)
 
+# %% ../nbs/14_datasets.ipynb #8cc2e7bf
 def rextime_rows(
     path, # rextime_{train,val}.json, rextime_test_release.json, or rextime_val.jsonl
 ): # yields Row
@@ -261,7 +269,7 @@ def time_r1_rows(
         yield Row(o.get("qid") or named(path, n), vid, o["duration"], o.get("sentence", o.get("question")),
             [span], (vid, name), note="" if o.get("start") is None else "part of a longer file")
 
-# %% ../nbs/14_datasets.ipynb #a03d0a41
+# %% ../nbs/14_datasets.ipynb #59d81359
 def jsonl_rows(
     path, # jsonl of one's own, as `write_samples` writes it
 ): # yields Row
@@ -271,10 +279,11 @@ def jsonl_rows(
         who = f"{path}, row {n} (qid {o.get('qid')!r:.80})"
         if bad := [k for k in o if k not in known]:
             near = get_close_matches(str(bad[0]), known, 1, 0.)
-            raise ValueError(f"{who}: unknown field {bad[0]!r:.80}, nearest: {near[0] if near else known[0]!r}; "
-                f"known: {', '.join(known)}")
-        if missing := [k for k in ("qid", "vid", "duration_s", "query")
-            if k not in o]: raise ValueError(f"{who}: missing fields {missing}")
+            raise ValueError(
+                f"{who}: unknown field {bad[0]!r:.80}, nearest: {near[0] if near else known[0]!r}; known: "
+                f"{', '.join(known)}")
+        if missing := [k for k in ("qid", "vid", "duration_s", "query") if k not in o]: raise ValueError(
+            f"{who}: missing fields {missing}")
         yield Row(o["qid"], o["vid"], o["duration_s"], o["query"], o.get("spans", []), (), o.get("options") or (),
                   o.get("answer"), o.get("video") or "")
 
@@ -289,6 +298,7 @@ class DataSet:
     videos:tuple=() # folders of its videos below the root; () is `folder`/videos_3fps_480_noaudio
     about:bool=False # the published numbers are rounded to thousands
 
+# %% ../nbs/14_datasets.ipynb #7749ce2c
 def _files(form, **splits): return {k: tuple(f.format(v) for f in form.split("|")) for k,v in splits.items()}
 
 _ALL, _480 = dict(train="train", val="val", test="test"), "videos_3fps_480_noaudio"
@@ -302,24 +312,22 @@ SETS = {
     "hirest_step": DataSet(hirest_step_rows, "hirest", _files("all_data_{}.json", train="train", val="val"),
         dict(train=4145, val=606)),
     "cosmo_cap": DataSet(span_rows, "cosmo_cap", dict(train=("anno_cosmo_cap.jsonl",)), dict(train=87000), about=True),
-    "internvid_vtime": DataSet(span_rows, "internvid_vtime",
-        dict(train=("anno_internvid_vtime_query_gpt4o_mini.jsonl",)), dict(train=54000),
-                               ("internvid_vtime/videos_crop_3fps_480_noaudio",), about=True),
+    "internvid_vtime": DataSet(span_rows, "internvid_vtime", dict(train=("anno_internvid_vtime_query_gpt4o_mini.jsonl",)),
+        dict(train=54000), ("internvid_vtime/videos_crop_3fps_480_noaudio",), about=True),
     "charades_sta": DataSet(charades_rows, "charades_sta", _files("charades_sta_{}.txt", train="train", test="test"),
         dict(train=12408, test=3720)),
-    "activitynet_captions": DataSet(activitynet_rows, "activitynet_captions",
-        _files("{}.json", train="train", val="val_1", test="val_2"),
-                                    dict(train=37421, val=17505, test=17031), (f"activitynet/{_480}",)),
+    "activitynet_captions": DataSet(activitynet_rows, "activitynet_captions", _files("{}.json", train="train", val="val_1", test="val_2"),
+        dict(train=37421, val=17505, test=17031), (f"activitynet/{_480}",)),
     "nextgqa": DataSet(nextgqa_rows, "nextgqa", _files("{}.csv", val="val", test="test"), dict(val=3358, test=5553),
         ("nextqa/videos",)),
-    "rextime": DataSet(rextime_rows, "rextime", _files("rextime_{0}.json|rextime_{0}_release.json|rextime_{0}.jsonl",
-        **_ALL), dict(train=9695, val=921, test=2143),
-                       (f"activitynet/{_480}", f"qvhighlights/{_480}")),
+    "rextime": DataSet(rextime_rows, "rextime", _files("rextime_{0}.json|rextime_{0}_release.json|rextime_{0}.jsonl", **_ALL),
+        dict(train=9695, val=921, test=2143), (f"activitynet/{_480}", f"qvhighlights/{_480}")),
     "time_r1": DataSet(time_r1_rows, "time_r1", dict(train=("train_2k5.json",), test=("tvgbench.json",)),
         dict(train=2500, test=800)),
     "jsonl": DataSet(jsonl_rows, "", {}, {}),
 }
 
+# %% ../nbs/14_datasets.ipynb #beb53000
 def known_set(
     name:str, # of a set
 )->DataSet: # what is known about it
@@ -328,9 +336,9 @@ def known_set(
     near = get_close_matches(name, SETS, 1)
     raise ValueError(f"no set {name!r:.80}{f', did you mean {near[0]!r}?' if near else ''}; known: {', '.join(SETS)}")
 
-# %% ../nbs/14_datasets.ipynb #cfadea8b
-REPORTED = {"qvhighlights": "val", "hirest_grounding": "val", "hirest_step": "val",
-    "rextime": "val"} # split that is reported on; elsewhere test
+# %% ../nbs/14_datasets.ipynb #0d67f005
+# split that is reported on; elsewhere test
+REPORTED = {"qvhighlights": "val", "hirest_grounding": "val", "hirest_step": "val", "rextime": "val"}
 
 def annotation_file(
     name:str, # of a set
@@ -339,11 +347,12 @@ def annotation_file(
 )->Path: # the file, or where it was looked for first
     "Where the annotations of a split lie"
     data, root = known_set(name), Path(root)
-    if split not in data.files: raise ValueError(f"{name} has no {split} split; it has: "
-        f"{', '.join(data.files) or 'files of your own only'}")
+    if split not in data.files: raise ValueError(
+        f"{name} has no {split} split; it has: {', '.join(data.files) or 'files of your own only'}")
     places = [p/o for o in data.files[split] for p in (root/data.folder, root)]
     return next((p for p in places if p.is_file()), places[0])
 
+# %% ../nbs/14_datasets.ipynb #9c4d22c6
 def video_folders(
     name:str, # of a set
     root, # folder of the sets; the set's own folder will do too
@@ -373,6 +382,7 @@ def counted(
     for o in issues: found[(f"{split}: " if split else "") + f"{o.fault}, {o.fate}"].add(o.qid)
     return {k: len(v) for k,v in found.items()}
 
+# %% ../nbs/14_datasets.ipynb #d19c48a8
 def rows_read(
     samples, # list of `Sample`
     issues, # list of Issue
@@ -416,7 +426,7 @@ def judge(
     try: return Sample(qid, vid, video, duration_s, r.query.strip(), tuple(spans), **about), issues
     except ValueError as e: return gone("refused", e)
 
-# %% ../nbs/14_datasets.ipynb #fc34f9ea
+# %% ../nbs/14_datasets.ipynb #f10d520c
 def read_set(
     source:str, # name of a set, or jsonl
     path, # annotation file
@@ -432,15 +442,17 @@ def read_set(
         for r in data.read(path):
             if r.video and os.path.isabs(r.video): r.video = _below(r.video, files.folders)
             sample, more = judge(r, files, source, split, policy)
-            if sample and sample.qid in out: sample, more = None, [Issue(sample.qid, "repeated qid", "left out",
-                f"of video {sample.vid!r:.80}")]
+            if sample and sample.qid in out:
+                sample, more = None, [Issue(sample.qid, "repeated qid", "left out", f"of video {sample.vid!r:.80}")]
             if sample: out[sample.qid] = sample
             issues += more
     except (KeyError, TypeError, AttributeError, IndexError, ZeroDivisionError) as e:
-        raise ValueError(f"read_set: {path} is not in the form of {source} ({type(e).__name__}: {e!s:.100}): is it "
-            "the right file?") from None
+        raise ValueError(
+            f"read_set: {path} is not in the form of {source} ({type(e).__name__}: {e!s:.100}): "
+            "is it the right file?") from None
     return list(out.values()), issues
 
+# %% ../nbs/14_datasets.ipynb #1be2514c
 def _below(path, folders):
     "An absolute path, relative to the folder that it lies in"
     path = os.path.normpath(path) if "\0" not in path else path
@@ -456,6 +468,7 @@ class FilterConfig:
     max_samples:int = 0 # at most so many, in a fixed random order; 0: all
     max_unusable:float = .05 # share of a file's rows that may be unusable before the file is refused
 
+# %% ../nbs/14_datasets.ipynb #2dffe089
 def filtered(
     samples, # list of `Sample`
     cfg:FilterConfig, # what is kept
@@ -474,7 +487,7 @@ def filtered(
     if (rest := len(samples) - sum(out.values()) - len(kept)): out[f"beyond {cfg.max_samples}"] = rest
     return kept, dict(out)
 
-# %% ../nbs/14_datasets.ipynb #613ffca6
+# %% ../nbs/14_datasets.ipynb #d4ab2e1c
 _FILM = r"([A-Za-z0-9_-]{11})"
 _CLOCK = r"(\d\d):(\d\d):(\d\d)[:.](\d+)"
 
@@ -485,12 +498,12 @@ def film(
     "Which film a video is from, and which part of it"
     if m := re.fullmatch(_FILM + r"_(\d+(?:\.\d+)?)_(\d+(?:\.\d+)?)", vid): return m[1], float(m[2]), float(m[3])
     if m := re.fullmatch(_FILM + f"_{_CLOCK}_{_CLOCK}", vid):
-        start, end = (int(h)*3600 + int(i)*60 + int(s) + float(f"0.{f}") for h,i,s,
-            f in (m.groups()[1:5], m.groups()[5:]))
+        start, end = (int(h)*3600 + int(i)*60 + int(s) + float(f"0.{f}") for h,i,s,f in (m.groups()[1:5], m.groups()[5:]))
         return m[1], start, end
     if m := re.fullmatch(f"(?:v_|video-){_FILM}", vid): return m[1], 0., float("inf")
     return re.sub(r"(-cam-002)?(\.(mp4|avi|mkv|webm|mov))?$", "", vid), 0., float("inf")
 
+# %% ../nbs/14_datasets.ipynb #02fd760f
 def shared_films(
     train, # list of `Sample`
     test, # list of `Sample`
@@ -505,7 +518,7 @@ def shared_films(
         return sorted(v for s,e,v in parts.get(key, ()) if v == vid or min(e, end) > max(s, start))
     return {vid: found for vid in sorted({s.vid for s in test}) if (found := hits(vid))}
 
-# %% ../nbs/14_datasets.ipynb #8c10955d
+# %% ../nbs/14_datasets.ipynb #8ef59496
 def leak(
     train, # list of `Sample`
     test, # list of `Sample`
@@ -518,9 +531,8 @@ def leak(
     pairs = sorted({(o, f"{s.source} {s.split}".strip()) for s in touched for v in shared[s.vid] for o in origin[v]})
     by = "; ".join(f"{a} trains on what {b} asks about" for a,b in pairs if a and b)
     one = next(iter(shared))
-    return (f"{len(touched)} of {len(test)} samples that are reported on are of {len(shared)} videos that train, such "
-        f"as {one!r:.80} "
-            f"(trained on as {shared[one][0]!r:.80}){by and '; ' + by}")
+    return (f"{len(touched)} of {len(test)} samples that are reported on are of {len(shared)} videos that train, "
+            f"such as {one!r:.80} (trained on as {shared[one][0]!r:.80}){by and '; ' + by}")
 
 # %% ../nbs/14_datasets.ipynb #3b4a40a7
 @dataclass(frozen=True)
@@ -534,6 +546,7 @@ class Part:
 
 def _list(text): return [o.strip() for o in text.split(",")] if text.strip() else []
 
+# %% ../nbs/14_datasets.ipynb #46e3fb62
 def data_parts(
     source:str, # names of the sets that train, by commas
     train="", # their annotation files, by commas; empty: from root
@@ -545,8 +558,8 @@ def data_parts(
     "The annotation files of a run"
     names, files, tests, folders = _list(source), _list(train), _list(heldout), _list(videos)
     judged = _list(report_on) or names[:1]
-    for what,given,wanted in (("train files", files, names), ("folders of videos", folders, names),
-        ("heldout files", tests, judged)):
+    needed = ("train files", files, names), ("folders of videos", folders, names), ("heldout files", tests, judged)
+    for what,given,wanted in needed:
         if len(given) != len(wanted) and (given or not root): raise ValueError(
             f"prepare: {len(wanted)} sources need {len(wanted)} {what}, or a root to find them in, "
             f"got {', '.join(given) or 'none'} for {', '.join(wanted) or 'no source'}")
@@ -560,7 +573,7 @@ def data_parts(
     return [part("train", n, f, "train") for n,f in zip(names, files or [""]*len(names), strict=True)] + [
         part("heldout", n, f, REPORTED.get(n, "test")) for n,f in zip(judged, tests or [""]*len(judged), strict=True)]
 
-# %% ../nbs/14_datasets.ipynb #54e67ee2
+# %% ../nbs/14_datasets.ipynb #11b21f6b
 def read_parts(
     parts, # list of Part
     policy:Policy="clip", # for training spans that do not fit their video; those reported on are kept as annotated
@@ -572,13 +585,14 @@ def read_parts(
         samples, issues = read_set(p.name, p.path, p.videos, p.split, policy if p.role == "train" else "keep")
         bad = [o for o in issues if o.fate == "left out" and o.fault not in ("past the end", "before 0", "no span")]
         gone = len({o.qid for o in bad} - {s.qid for s in samples})
-        if gone > max_unusable*(gone + len(samples)): raise ValueError(f"{p.path}: {gone} of {gone + len(samples)} "
-            f"rows are unusable, at most {max_unusable:.0%} may be "
-            f"(max_unusable); the first: {bad[0].qid!r:.80}: {bad[0].fault} {bad[0].text}")
+        if gone > max_unusable*(gone + len(samples)): raise ValueError(
+            f"{p.path}: {gone} of {gone + len(samples)} rows are unusable, "
+            f"at most {max_unusable:.0%} may be (max_unusable); the first: {bad[0].qid!r:.80}: {bad[0].fault} {bad[0].text}")
         out[p.role] += samples
         notes |= counted(issues, f"{p.name} {p.split}")
     return out, notes
 
+# %% ../nbs/14_datasets.ipynb #2ab4de11
 def prepare(
     out, # folder to write to
     source:str="synthetic", # synthetic, or names of sets by commas
@@ -601,8 +615,8 @@ def prepare(
     found, notes = read_parts(data_parts(source, train, heldout, videos, root, report_on), policy, cfg.max_unusable)
     samples, left = filtered(found["train"], cfg)
     if why := leak(samples, found["heldout"]):
-        if not allow_leak: raise ValueError(f"prepare: {why}. Its numbers would say nothing: train on other splits, "
-            "or say allow_leak: true")
+        if not allow_leak: raise ValueError(
+            f"prepare: {why}. Its numbers would say nothing: train on other splits, or say allow_leak: true")
         notes[f"leak allowed: {why}"] = len(shared_films(samples, found["heldout"]))
-    return {k: write_samples(out/f"{k}.jsonl", v) for k,v in (("train", samples),
-        ("heldout", found["heldout"]))}, notes | left
+    sets = dict(train=samples, heldout=found["heldout"])
+    return {k: write_samples(out/f"{k}.jsonl", v) for k,v in sets.items()}, notes | left

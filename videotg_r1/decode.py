@@ -199,6 +199,7 @@ class _Packets:
     early:int=0 # packets shown before the keyframe that precedes them
     first:object=None # the first picture
 
+# %% ../nbs/09_decode.ipynb #1a469ea2
 def _demux(container, stream):
     "One pass over the packets; only the first picture is decoded"
     import av
@@ -236,6 +237,7 @@ def _why_not_seek(container, o):
     if not _INDEXED & set(name.split(",")): return f"a {name} file has no index to seek by"
     return "pictures come before their keyframe (open GOP)" if o.early else ""
 
+# %% ../nbs/09_decode.ipynb #3af5df56
 def _declared(container, stream):
     "Seconds that the header promises, of this stream or of the whole; nan where it says nothing"
     if stream.duration: return float(stream.duration*stream.time_base)
@@ -296,26 +298,28 @@ def _packets(container, stream, groups):
             if wanted: yield packet
     yield None
 
-# %% ../nbs/09_decode.ipynb #1a1f42d0
+# %% ../nbs/09_decode.ipynb #9ba8035a
 def _pictures(container, stream, info, groups=None):
     "Decoded pictures in order with their tick, without the lost ones and those built on them"
     import av
-    lost,skip,shift,last,start = set(),False,None,info.pts[0] - 1,int(info.pts[0])
+    lost,skip,shift,last,begin = set(),False,None,info.pts[0] - 1,None
     for packet in _packets(container, stream, groups):
         if packet is not None and packet.is_keyframe: skip = False
         try: frames = stream.codec_context.decode(packet)
         except av.FFmpegError: frames,skip = (),True
         if packet is None: stream.codec_context.flush_buffers()
-        elif skip: lost.add(packet.dts if info.by_dts else packet.pts)
+        elif skip: lost.add(packet.dts if info.by_dts else packet.pts); begin = None
+        elif begin is None: begin = packet.dts
         for frame in frames:
             tick = frame.dts if info.by_dts else frame.pts
             bad = frame.is_corrupt or tick in lost
-            if info.by_dts:      # counted from the first picture; the last ones come without
-                if shift is None and tick is not None: shift = start - tick
-                tick = last + 1 if tick is None else tick + shift
+            if info.by_dts:      # counted from the packet of the first picture that came; the last ones come without
+                if shift is None and tick is not None and not bad: shift = (info.pts[0] if begin is None else begin) - tick
+                tick = last + 1 if tick is None or shift is None else tick + shift
             last = tick
             if not bad and tick is not None: yield tick,frame
 
+# %% ../nbs/09_decode.ipynb #513eb30a
 class _Filler:
     "Fills frames in order as their pictures come by"
     def __init__(self, want, height, width, rotation):
@@ -433,6 +437,7 @@ def _plan(path, info, spec):
 
 def _share(a, b): return f"{a} of {b} ({a/b:.0%})"
 
+# %% ../nbs/09_decode.ipynb #ce537cd8
 def _with_pyav(path, info, spec):
     "(frames, source times [T], sampled fps, duration, note) with PyAV, planned again where pictures are lost"
     index,fps,*size = _plan(path, info, spec)
@@ -496,6 +501,7 @@ def _write_all(fd, data):
     view = memoryview(data).cast("B")
     while len(view): view = view[os.write(fd, view):]
 
+# %% ../nbs/09_decode.ipynb #a266a054
 def send(
     fd:int, # open for writing
     message:dict, # plain json
@@ -521,6 +527,7 @@ def _answer(request):
     except Exception as e:      # the parent must hear of any failure, and this process must live on for the next file
         return {"error":[f"{type(e).__name__}: {_first_words(e)}", "leave its samples out, and report this"]},None
 
+# %% ../nbs/09_decode.ipynb #9aaa7feb
 def _leave_network():
     "Linux: an empty network of its own, and no new rights for whatever runs here; nothing where that is forbidden"
     with contextlib.suppress(OSError, AttributeError):

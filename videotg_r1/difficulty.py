@@ -10,10 +10,9 @@ from functools import partial
 
 import numpy as np
 
-from .batches import InProcess, ask_answers, check_fold, clip_reader, fold_of, is_existence, sample_seed, task_prompt
+from .batches import InProcess, TwoSteps, ask_answers, check_fold, clip_reader, fold_of, inputs_of, is_existence, sample_seed, task_prompt
 from .compute import Counts, model_shape
 from .config import settings
-from .policy import encode
 from .prompts import parse_answer
 from .spans import best_iou
 
@@ -49,6 +48,7 @@ def bin_of(
     "The name of a difficulty"
     return "easy" if difficulty < cfg.easy_below else "hard" if difficulty >= cfg.hard_from else "medium"
 
+# %% ../nbs/41_difficulty.ipynb #3c7928d5
 def summarise(
     s, # Sample with annotated spans
     texts, # [K] answers
@@ -71,16 +71,16 @@ def difficulty_work(
 ): # (work, broken) for a runner
     "Answer the samples of a batch K times"
     shape = model_shape(policy)
-    def work(pairs):
-        encs = [encode(policy, c, task_prompt(s, cfg.think)) for s, c in pairs]
+    def then(pairs, encs):
         texts, _, costs = ask_answers(policy, encs, cfg.k, shape, temperature=cfg.temperature, top_p=cfg.top_p,
             max_new_tokens=cfg.max_new_tokens, seed=[sample_seed(cfg.seed, s.qid, "difficulty") for s, _ in pairs])
         return [dict(summarise(s, t, cfg), compute=(n + Counts(samples=1)).to_dict())
                 for (s, _), t, n in zip(pairs, texts, costs, strict=True)]
     broken = lambda s, why: dict(qid=s.qid, k=0, ious=[], mean_iou=None, std_iou=None, hit_rate=None, unparsable=None,
                                  difficulty=None, bin=None, miss_reason=f"video could not be read: {why}")
-    return work, broken
+    return TwoSteps(lambda pairs: inputs_of(policy, [c for _, c in pairs], [task_prompt(s, cfg.think) for s, _ in pairs]), then), broken
 
+# %% ../nbs/41_difficulty.ipynb #27ba73bf
 def check_scorable(
     samples, # list of `Sample`
 ):
@@ -89,6 +89,7 @@ def check_scorable(
         f"estimate: {len(bad)} of {len(samples)} samples ask for no span or have none annotated (first: {bad[0]}): "
         "difficulty is measured by tIoU; leave them out")
 
+# %% ../nbs/41_difficulty.ipynb #f961bc40
 def estimate(
     policy, # Policy, as it is before training
     samples, # list of `Sample`, each with at least one annotated span

@@ -74,6 +74,7 @@ def hub_cache()->Path: # folder of downloaded models
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")/"huggingface"
     return Path(os.environ.get("HF_HUB_CACHE") or Path(home)/"hub")
 
+# %% ../nbs/76_doctor.ipynb #6002301a
 def room_finding(
     name:str, # what the folder is for
     folder, # it, or one to come
@@ -120,6 +121,7 @@ class Card:
     driver: str = "" # version of the driver
     capability: float = 0. # compute capability; 8.0 and above has bfloat16
 
+# %% ../nbs/76_doctor.ipynb #5d9ff09b
 def parse_cards(
     text:str, # of nvidia-smi: name, memory.total, memory.free, driver_version, compute_cap; csv, no units
 )->list: # of Card
@@ -179,6 +181,7 @@ def work_findings()->list: # of Finding
         except RuntimeError as e: out.append(Finding("missing", "GPU", f"{i}: {str(e).splitlines()[0]}", "`nvidia-smi -q` tells its state; a restart of the machine often helps"))
     return [*out, answer_finding()]
 
+# %% ../nbs/76_doctor.ipynb #ddd1a26f
 def answer_finding()->Finding: # ok or missing
     "Whether the shipped model answers"
     from videotg_r1.variants import ground, open_model

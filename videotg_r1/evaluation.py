@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['EvalConfig', 'as_prediction', 'predict_work', 'predict', 'rows_of', 'score_one', 'sample_scores', 'score_columns',
-           'evaluate', 'fit_query_blind', 'query_blind', 'compare_runs', 'comparison_table']
+           'evaluate', 'fit_query_blind', 'query_blind']
 
-# %% ../nbs/60_evaluation.ipynb #7e5021a6
+# %% ../nbs/60_evaluation.ipynb #3b0fe5e3
 import time
 from collections import Counter
 from functools import partial
@@ -14,12 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from .batches import InProcess, ask_answers, check_fold, clip_reader, fold_of, is_existence, sample_seed, task_prompt
+from .batches import InProcess, TwoSteps, ask_answers, check_fold, clip_reader, fold_of, inputs_of, is_existence, sample_seed, task_prompt
 from .compute import Counts, model_shape
 from .config import settings
 from .ledger import differences, read_ledger
-from .metrics import bootstrap, paired_difference, verdict
-from .policy import encode
+from .metrics import bootstrap
 from .prompts import kind_of, parse_answer
 from .spans import clip_spans, iop_matrix, t_iou_matrix
 
@@ -68,9 +67,8 @@ def predict_work(
     "Answer the samples of a batch"
     shape = model_shape(policy)
     dtype = "" if hasattr(policy, "identity") else str(next(policy.model.parameters()).dtype).removeprefix("torch.") # a Judge has no weights here
-    def work(pairs):
+    def then(pairs, encs):
         start = time.perf_counter()
-        encs = [encode(policy, c, task_prompt(s, cfg.think)) for s, c in pairs]
         texts, tokens, costs = ask_answers(policy, encs, 1, shape, greedy=cfg.greedy, temperature=cfg.temperature,
             top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens,
             seed=[sample_seed(cfg.seed, s.qid, "predict") for s, _ in pairs])
@@ -80,8 +78,9 @@ def predict_work(
                 for (s, clip), t, n, c in zip(pairs, texts, tokens, costs, strict=True)]
     broken = lambda s, why: dict(qid=s.qid, raw="", spans=[], choice=None, yes=None, tokens=0, seconds=0., latency_s=0., decoder="", dtype="",
                                  miss_reason=f"video could not be read: {why}")
-    return work, broken
+    return TwoSteps(lambda pairs: inputs_of(policy, [c for _, c in pairs], [task_prompt(s, cfg.think) for s, _ in pairs]), then), broken
 
+# %% ../nbs/60_evaluation.ipynb #a69fc50f
 def predict(
     policy, # Policy
     samples, # list of `Sample`
@@ -112,6 +111,7 @@ def rows_of(
                                    "parts of one set need the same ones, score the two apart")
     return [r for part in rows for r in part]
 
+# %% ../nbs/60_evaluation.ipynb #4bbf3ed7
 def score_one(
     s, # Sample
     p:dict, # its prediction
@@ -128,6 +128,7 @@ def score_one(
     return dict(qid=s.qid, vid=s.vid, iou=best(t_iou_matrix), iop=iop, exists=exists, right=right,
                 gqa=None if right is None or exists else right and iop >= .5, miss_reason=p["miss_reason"])
 
+# %% ../nbs/60_evaluation.ipynb #2d7438c8
 def sample_scores(
     samples, # list of `Sample`
     predictions, # prediction rows, the path of their ledger, or the paths of the ledgers of all parts
@@ -154,6 +155,7 @@ def score_columns(
             "accuracy": column(asked, lambda r: r["right"])}
     return {k: v for k, v in out.items() if v[0]}
 
+# %% ../nbs/60_evaluation.ipynb #d1cdcf77
 def evaluate(
     samples, # list of `Sample`
     predictions, # prediction rows, the path of their ledger, or the paths of the ledgers of all parts
@@ -189,6 +191,7 @@ def fit_query_blind(
     best = lambda rows: tuple(options[scores[rows].mean(0).argmax()].tolist())
     return {None: best(slice(None)), **{int(b): best(where == b) for b in np.unique(where)}}
 
+# %% ../nbs/60_evaluation.ipynb #a659fc4a
 def query_blind(
     train, # list of `Sample`: what the constant is fitted on
     samples, # list of `Sample` to answer
@@ -205,45 +208,3 @@ def query_blind(
         return dict(qid=s.qid, raw="", spans=[] if exists else [[a*s.duration_s, b*s.duration_s]], miss_reason="",
                     choice=letter if s.options and not exists else None, yes=yes == 0 if exists else None)
     return [answer(s) for s in samples]
-
-# %% ../nbs/60_evaluation.ipynb #3373f486
-def compare_runs(
-    runs:dict, # name -> prediction rows, or the path of their ledger; holds the baseline
-    samples, # list of `Sample`, all with annotated spans
-    train=None, # list of `Sample` to fit the query-blind row on; None leaves it out
-    baseline:str="zero-shot", # name of the run that the others are compared with
-    n_boot:int=2000, # resamples for the intervals
-    seed:int=0, # of the resampling
-): # [{name, n, mIoU, lo, hi, R1@*, missing, diff, diff_lo, diff_hi, verdict}], query-blind and baseline first
-    "Several runs on the same samples, each against the baseline"
-    if baseline not in runs:
-        raise ValueError(f"compare_runs: no run called {baseline!r} to compare with; got {list(runs)}")
-    runs = ({"query-blind": query_blind(train, samples)} if train else {}) | {baseline: runs[baseline]} | runs
-    scored = {k: evaluate(samples, v, n_boot, seed) for k, v in runs.items()}
-    base, vids, out = scored[baseline]["ious"], [s.vid for s in samples], []
-    if None in base:
-        raise ValueError("compare_runs: compares tIoU, so every sample must ask for a span; leave yes/no questions out")
-    for name, r in scored.items():
-        lo, hi = r["intervals"]["mIoU"] or (None, None)
-        row = dict(name=name, n=r["n"], mIoU=r["mIoU"], lo=lo, hi=hi,
-                   **{k: r[k] for k in ("R1@0.3", "R1@0.5", "R1@0.7")},
-                   missing=len(r["missing"]), diff=None, diff_lo=None, diff_hi=None, verdict="baseline")
-        if name != baseline:
-            d = paired_difference(r["ious"], base, clusters=vids, n=n_boot, seed=seed)
-            row |= dict(diff=d["diff"], diff_lo=d["lo"], diff_hi=d["hi"], verdict=verdict(d).split(" (")[0])
-        out.append(row)
-    return out
-
-# %% ../nbs/60_evaluation.ipynb #31b23a11
-def comparison_table(
-    rows, # of `compare_runs`
-): # str, a Markdown table, scores in percent
-    "Runs as a Markdown table"
-    pct = lambda v: f"{100*v:.1f}"
-    head = "| run | n | mIoU | 95 % | R1@.3 | R1@.5 | R1@.7 | against the baseline | |\n" + "|---"*9 + "|\n"
-    diff = lambda r: "" if r["diff"] is None else "{:+.1f} [{:+.1f}, {:+.1f}]".format(
-        *(100*r[k] for k in ("diff", "diff_lo", "diff_hi")))
-    clean = lambda t: str(t).replace("|", "\\|").replace("\n", " ")
-    return head + "\n".join(
-        f"| {clean(r['name'])} | {r['n']} | {pct(r['mIoU'])} | {pct(r['lo'])} to {pct(r['hi'])} | {pct(r['R1@0.3'])} | "
-        f"{pct(r['R1@0.5'])} | {pct(r['R1@0.7'])} | {diff(r)} | {r['verdict']} |" for r in rows)

@@ -31,6 +31,7 @@ def find_run(
     known = sorted(p.name for p in repo_path(runs).glob("*") if any(p.glob("*/run.json")))
     raise ValueError(f"no run {str(run)!r} in {repo_path(runs)}: give its name or its folder; there {'are ' + ', '.join(known) if known else 'is none'}")
 
+# %% ../nbs/75_export.ipynb #d65a7ce9
 def pick_variant(
     stages:dict, # as of `report.read_run`
     variant:str="", # a variant of the train stage; empty for videotg_r1, or the only one there is
@@ -69,6 +70,7 @@ def data_text(
     if used := [agents[a] for a in agents_of(stages, train)]: text += f"; {' and '.join(used)} passed over all of them first"
     return text + f". Measured on {m.get('heldout_samples')} held-out queries. Neither videos nor annotations are in this folder; they keep their own licences."
 
+# %% ../nbs/75_export.ipynb #3f1cce80
 def method_text(
     train:dict, # a training stage, as of `report.read_stage`
 )->str: # sentences and a block of settings
@@ -114,6 +116,7 @@ or from a shell, `vtg ground video.mp4 "a person opens the door" --model THIS_FO
 `AutoModelForImageTextToText.from_pretrained("THIS_FOLDER")`.
 """
 
+# %% ../nbs/75_export.ipynb #8badd3ff
 def origin_text(
     stages:dict, # as of `report.read_run`
     variant:str, # of the train stage
@@ -128,6 +131,7 @@ def origin_text(
             f"- seeds: {seeds or 'none'}\n- training alone: {big(c.get('flops'))}FLOP, {big(c.get('seconds'))}s, {big(c.get('prompt_tokens'))} prompt and "
             f"{big(c.get('generated_tokens'))} generated tokens{mixed}")
 
+# %% ../nbs/75_export.ipynb #59ded13c
 def model_card(
     stages:dict, # as of `report.read_run`
     variant:str, # of the train stage
@@ -159,6 +163,7 @@ def query_rows(
     rows = read_jsonl(folder/"scores.jsonl")
     return [dict(r, spans=told.get(r["qid"], {}).get("spans"), answer=told.get(r["qid"], {}).get("raw")) for r in rows]
 
+# %% ../nbs/75_export.ipynb #5ab45a4f
 def write_results(
     stages:dict, # as of `report.read_run`
     variant:str, # of the train stage
@@ -189,6 +194,7 @@ def free_place(
     if force and (to/MARK).is_file(): return to
     raise ValueError(f"export: {to} is not empty" + (": choose another folder" if not (to/MARK).is_file() else " and holds an export: use --force to replace it"))
 
+# %% ../nbs/75_export.ipynb #1f8b7f49
 def export_run(
     run, # name of a run, or its folder
     to, # folder to write to

@@ -18,7 +18,7 @@ from .ledger import Ledger
 from .records import read_jsonl
 from .spans import best_iou, is_span
 
-# %% ../nbs/17_external.ipynb #5bab348b
+# %% ../nbs/17_external.ipynb #75d1523f
 def share(
     row:dict, # of an outside file
     name:str, # of a field
@@ -27,11 +27,11 @@ def share(
     "A number of an outside row"
     v = row[name]
     if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v <= top:
-        raise ValueError(f"{name} must be in [0,{top:g}], got "
-            f"{v!r:.80}" + (": is it a percentage, or 100 x tIoU? Only shares are imported"
-            if isinstance(v, (int, float)) and v > 1 else ""))
+        why = ": is it a percentage, or 100 x tIoU? Only shares are imported" if isinstance(v, (int, float)) and v > 1 else ""
+        raise ValueError(f"{name} must be in [0,{top:g}], got {v!r:.80}{why}")
     return float(v)
 
+# %% ../nbs/17_external.ipynb #46422377
 def difficulty_row(
     qid:str, # of the sample
     ious, # [K] tIoU of the answers, in [0,1]
@@ -41,31 +41,32 @@ def difficulty_row(
 )->dict: # a finding as the estimate stage writes it
     "The difficulty of one sample from its tIoUs"
     v = np.asarray(ious, float)
-    if v.ndim != 1 or not len(v) or not ((v >= 0) & (v <= 1)).all(): raise ValueError("ious must be one or more "
-        f"numbers in [0,1], got {ious!r:.80}")
+    if v.ndim != 1 or not len(v) or not ((v >= 0) & (v <= 1)).all(): raise ValueError(
+        f"ious must be one or more numbers in [0,1], got {ious!r:.80}")
     d = 1 - float(v.mean())
     return dict(qid=qid, k=len(v), ious=v.tolist(), mean_iou=float(v.mean()), std_iou=float(v.std()),
-        hit_rate={f"{m}": float((v >= m).mean()) for m in (.3, .5, .7)},
+                hit_rate={f"{m}": float((v >= m).mean()) for m in (.3, .5, .7)},
                 unparsable=unparsable, difficulty=d,
                 bin="easy" if d < easy_below else "hard" if d >= hard_from else "medium", compute={})
 
+# %% ../nbs/17_external.ipynb #870f525e
 def from_difficulty(
     row:dict, # of an outside file
     sample, # the `Sample` it is about
 )->dict: # a finding as the estimate stage writes it
     "One outside difficulty"
     known = [k for k in ("ious", "preds", "difficulty") if k in row]
-    if set(row) != {"qid", *known} or len(known) != 1: raise ValueError("expected qid and one of ious, preds, "
-        f"difficulty, got {', '.join(map(str, row))!r:.120}")
+    if set(row) != {"qid", *known} or len(known) != 1: raise ValueError(
+        f"expected qid and one of ious, preds, difficulty, got {', '.join(map(str, row))!r:.120}")
     if "difficulty" in row: return difficulty_row(sample.qid, [1 - share(row, "difficulty")])
     if "ious" in row: return difficulty_row(sample.qid, row["ious"])
-    if not isinstance(row["preds"], list): raise ValueError("preds must be a list of [start, end] or null, got "
-        f"{row['preds']!r:.80}")
+    if not isinstance(row["preds"], list): raise ValueError(
+        f"preds must be a list of [start, end] or null, got {row['preds']!r:.80}")
     read = [o for o in row["preds"] if o is not None and is_span([o])[0]]
     ious = [best_iou(o, sample.spans) for o in read] + [0.]*(len(row["preds"]) - len(read))
     return difficulty_row(sample.qid, ious, 1 - len(read)/max(len(row["preds"]), 1))
 
-# %% ../nbs/17_external.ipynb #7325ddda
+# %% ../nbs/17_external.ipynb #f6ec8670
 VERDICTS = ("keep", "partial", "undecided")
 
 def proposal(
@@ -74,32 +75,34 @@ def proposal(
 )->dict: # {span, votes, p_event}
     "A time where the event may also be"
     if not isinstance(o, dict) or set(o) - {"span", "votes", "p_event"} or span_fault(o.get("span"), sample.duration_s):
-        raise ValueError(f"a proposal must be {{span, votes, p_event}} with a span inside the video's "
-            f"{sample.duration_s:g} s, got {o!r:.120}")
+        raise ValueError(
+            f"a proposal must be {{span, votes, p_event}} with a span inside the video's {sample.duration_s:g} s, "
+            f"got {o!r:.120}")
     votes = o.get("votes", 1)
     if type(votes) is not int or votes < 0: raise ValueError(f"votes must be 0 or more, got {votes!r:.80}")
-    return dict(span=[float(t) for t in o["span"]], votes=votes, p_event=share(o, "p_event")
-        if o.get("p_event") is not None else 0.)
+    sure = share(o, "p_event") if o.get("p_event") is not None else 0.
+    return dict(span=[float(t) for t in o["span"]], votes=votes, p_event=sure)
 
+# %% ../nbs/17_external.ipynb #6729ac88
 def from_reflection(
     row:dict, # of an outside file
     sample, # the `Sample` it is about
 )->dict: # a finding as the reflect stage writes it
     "One outside reflection"
-    if bad := set(row) - {"qid", "verdict", "score", "threshold", "proposals",
-        "reason"}: raise ValueError(f"unknown fields {sorted(bad)!r:.80}")
+    if bad := set(row) - {"qid", "verdict", "score", "threshold", "proposals", "reason"}: raise ValueError(
+        f"unknown fields {sorted(bad)!r:.80}")
     score, threshold = (share(row, k) if row.get(k) is not None else None for k in ("score", "threshold"))
     verdict = row.get("verdict")
     if verdict is None and None not in (score, threshold): verdict = "partial" if score > threshold else "keep"
-    if verdict not in VERDICTS: raise ValueError(f"verdict must be {', '.join(VERDICTS)}, or score and threshold "
-        f"given, got {verdict!r:.80}")
+    if verdict not in VERDICTS: raise ValueError(
+        f"verdict must be {', '.join(VERDICTS)}, or score and threshold given, got {verdict!r:.80}")
     reason = row.get("reason") or f"imported: {verdict}"
-    if not isinstance(reason, str) or not isinstance(row.get("proposals") or [],
-        list): raise ValueError("reason must be text and proposals a list")
+    if not isinstance(reason, str) or not isinstance(row.get("proposals") or [], list): raise ValueError(
+        "reason must be text and proposals a list")
     return dict(qid=sample.qid, verdict=verdict, score=score, threshold=threshold, p_outside=None, p_annotated=None,
                 proposals=[proposal(o, sample) for o in row.get("proposals") or []], reason=reason[:500], compute={})
 
-# %% ../nbs/17_external.ipynb #066fa4c3
+# %% ../nbs/17_external.ipynb #09d59674
 KINDS = {"reflections": from_reflection, "difficulties": from_difficulty}
 
 def converted(
@@ -117,10 +120,12 @@ def converted(
         try: found[qid] = KINDS[kind](row, by[qid]) if qid in by else None
         except ValueError as e: raise ValueError(f"{who}, row {n}, qid {qid!r:.80}: {e}") from None
     if missing := [q for q in by if q not in found]:
-        raise ValueError(f"{who}: {len(missing)} of {len(by)} samples have no row, first {missing[0]!r:.80}: every "
-            "sample needs one" + ("; give it `\"verdict\": \"undecided\"`" if kind == "reflections" else ""))
+        raise ValueError(
+            f"{who}: {len(missing)} of {len(by)} samples have no row, first {missing[0]!r:.80}: "
+            "every sample needs one" + ("; give it `\"verdict\": \"undecided\"`" if kind == "reflections" else ""))
     return [found[q] for q in by], len(found) - len(by)
 
+# %% ../nbs/17_external.ipynb #ae6d61d5
 def write_findings(
     kind:str, # reflections or difficulties
     findings, # as `converted` makes them
@@ -135,6 +140,7 @@ def write_findings(
             if o["qid"] not in ledger: ledger.append(o)
     return Path(out)
 
+# %% ../nbs/17_external.ipynb #ffab321b
 def import_findings(
     kind:str, # reflections or difficulties
     path, # jsonl made elsewhere
@@ -145,23 +151,25 @@ def import_findings(
     findings, other = converted(kind, read_jsonl(path), samples, str(path))
     write_findings(kind, findings, path, out)
     key = "verdict" if kind == "reflections" else "bin"
-    return dict(findings=len(findings), other=other) | {k: sum(o[key] == k for o in findings)
-        for k in sorted({o[key] for o in findings})}
+    kinds = {k: sum(o[key] == k for o in findings) for k in sorted({o[key] for o in findings})}
+    return dict(findings=len(findings), other=other) | kinds
 
-# %% ../nbs/17_external.ipynb #e681b2f7
+# %% ../nbs/17_external.ipynb #cc293886
 def time_r1_rows(
     path, # train_2k5.json, or a file in its form
 )->list: # of (qid, tIoU as published, tIoU from answer and span)
     "Published and recomputed tIoU of every row"
     out = []
     for n,o in enumerate(read_json(path, list), 1):
-        try: published, again = share(o, "difficulty", 100.)/100, best_iou(o["pred"] if o["pred"]
-            and is_span([o["pred"]])[0] else None, [o["timestamp"]])
-        except (KeyError, TypeError, ValueError) as e: raise ValueError(f"{path}, row {n}: expected timestamp, pred "
-            f"and difficulty ({type(e).__name__}: {e})") from None
+        try:
+            said = o["pred"] if o["pred"] and is_span([o["pred"]])[0] else None
+            published, again = share(o, "difficulty", 100.)/100, best_iou(said, [o["timestamp"]])
+        except (KeyError, TypeError, ValueError) as e: raise ValueError(
+            f"{path}, row {n}: expected timestamp, pred and difficulty ({type(e).__name__}: {e})") from None
         out.append((str(o["qid"]), published, again))
     return out
 
+# %% ../nbs/17_external.ipynb #0725c0a6
 def import_time_r1(
     path, # train_2k5.json
     out, # ledger to write
@@ -170,10 +178,10 @@ def import_time_r1(
     "Time-R1's answers as a ledger of difficulties"
     rows = time_r1_rows(path)
     wrong = [r for r in rows if not math.isclose(r[1], r[2], abs_tol=tolerance)]
-    if wrong: raise ValueError(f"{path}: {len(wrong)} of {len(rows)} published values are not 100 x tIoU of `pred` "
-        f"and `timestamp`, first {wrong[0][0]!r:.80}: "
-                               f"{100*wrong[0][1]:.4g} published, {100*wrong[0][2]:.4g} computed")
+    if wrong: raise ValueError(
+        f"{path}: {len(wrong)} of {len(rows)} published values are not 100 x tIoU of `pred` and `timestamp`, "
+        f"first {wrong[0][0]!r:.80}: {100*wrong[0][1]:.4g} published, {100*wrong[0][2]:.4g} computed")
     findings = [difficulty_row(q, [iou]) for q,_,iou in rows]
     write_findings("difficulties", findings, path, out, "time_r1")
-    return dict(findings=len(rows), reproduced=len(rows) - len(wrong)) | {k: sum(o["bin"] == k for o in findings)
-        for k in ("easy", "medium", "hard")}
+    bins = {k: sum(o["bin"] == k for o in findings) for k in ("easy", "medium", "hard")}
+    return dict(findings=len(rows), reproduced=len(rows) - len(wrong)) | bins

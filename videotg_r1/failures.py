@@ -30,6 +30,7 @@ ERRORS = { # kind -> (definition at m = .5, what it points to)
                    "Not about grounding. Look at the raw answers, the token limit and the prompt."),
 }
 
+# %% ../nbs/62_failures.ipynb #defde3db
 def matched_span(
     span, # answered (start, end), seconds
     truths, # [N,2] true spans, seconds
@@ -40,6 +41,7 @@ def matched_span(
     ious = t_iou_matrix([span], t)[0]
     return tuple(t[ious.argmax() if ious.max() > 0 else gap.argmin()].tolist())
 
+# %% ../nbs/62_failures.ipynb #8cf5c518
 def error_of(
     span, # answered (start, end), seconds; None where none could be read
     truths, # [N,2] true spans, seconds
@@ -103,6 +105,7 @@ FIELDS = { # property -> (name with its unit, how to say that it lies in a range
     "words": ("words of the query", "the query has {} words"),
 }
 
+# %% ../nbs/62_failures.ipynb #eb57d263
 def in_buckets(
     table, # of `diagnose`
     field:str, # a key of `FIELDS`
@@ -119,6 +122,7 @@ def in_buckets(
         out.append((" to ".join(ends), [r for r, w in zip(table, where, strict=True) if w == b]))
     return out
 
+# %% ../nbs/62_failures.ipynb #c9cbf325
 def recall_by(
     table, # of `diagnose`
     field:str, # a key of `FIELDS`
@@ -158,6 +162,7 @@ def lean(
     return (f"At the median an answer that overlaps starts {side(o['start_s'])}, ends {side(o['end_s'])} and is {o['ratio']:.2f} times as long as "
             "the true span.")
 
+# %% ../nbs/62_failures.ipynb #645bb759
 def weak_spots(
     table, # of `diagnose`
 ): # sentences
@@ -170,6 +175,7 @@ def weak_spots(
                 + (f" (query-blind there: {o['blind']:.2f})." if o["blind"] is not None else ".") for o in low]
     return out
 
+# %% ../nbs/62_failures.ipynb #dbfc82aa
 def reading(
     table, # of `diagnose`
 ): # list of sentences

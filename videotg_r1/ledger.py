@@ -50,7 +50,7 @@ def unseal_line(
     if not m or int(m[1], 16) != zlib.crc32(line[:-21]): return None
     return json.loads(line[:-21] + b"}")
 
-# %% ../nbs/02_ledger.ipynb #b7fffc06
+# %% ../nbs/02_ledger.ipynb #6fcc9642
 def sealed_rows(
     path, # file of lines made by `seal_line`
 )->tuple: # (rows, each as (line number, dict); number of good bytes; number of torn lines, 0 or 1)
@@ -62,13 +62,15 @@ def sealed_rows(
         row = unseal_line(line)
         if row is None:
             if n == len(lines) and not tail: break  # the last line, torn
+            if n == 1 and not _SEAL.fullmatch(line[-21:]): raise ValueError(
+                f"{path}, line 1: has no checksum, so this is no file of sealed lines: give a ledger, as a stage writes it")
             raise ValueError(f"{path}, line {n}: damaged (its checksum does not fit): restore the file, or delete it "
                              "and run the stage again")
         rows.append((n, row))
         good += len(line)+1
     return rows, good, int(good < len(data))
 
-# %% ../nbs/02_ledger.ipynb #eb988ff0
+# %% ../nbs/02_ledger.ipynb #def3cd4f
 def _scan(path):
     "Header, rows, number of good bytes and number of torn lines of a ledger file"
     found, good, torn = sealed_rows(path)
@@ -80,6 +82,11 @@ def _scan(path):
         if row.get("qid") in rows: raise ValueError(f"{path}, line {n}: qid {row.get('qid')!r} is recorded twice")
         rows[row.get("qid")] = row
     return head, rows, good, torn
+
+def _begun(path):
+    "Whether a file without a whole line may be a ledger that was killed in its first"
+    with open(path, "rb") as f: begin = f.read(9)
+    return b'{"meta": '.startswith(begin) or not begin.strip(b"\0")
 
 # %% ../nbs/02_ledger.ipynb #04157d2b
 def read_ledger(
@@ -124,6 +131,7 @@ def _close_in_child():
 
 os.register_at_fork(after_in_child=_close_in_child)
 
+# %% ../nbs/02_ledger.ipynb #d5039d9a
 class Ledger:
     "Append-only findings keyed by qid"
     def __init__(self,
@@ -143,7 +151,7 @@ class Ledger:
             self._drop()
             raise
 
-# %% ../nbs/02_ledger.ipynb #f7b9fa3e
+# %% ../nbs/02_ledger.ipynb #4df42c25
 @patch
 def _load(self:Ledger):
     end = time.monotonic() + GRACE_S
@@ -158,9 +166,12 @@ def _load(self:Ledger):
         what = "; ".join(differences(head["meta"], self.meta)) or "fingerprint"
         raise ValueError(f"Ledger {self.path}: made under other settings ({what}): "
                          "use another path, or delete it to start again")
+    if self.torn and not head and not _begun(self.path):
+        raise ValueError(f"Ledger {self.path}: is there and is no ledger: move it away, or use another path")
     if self.torn: os.ftruncate(self._fd, good)
     if not head: self._write(dict(meta=self.meta, fingerprint=self.fingerprint))
 
+# %% ../nbs/02_ledger.ipynb #5c6a400c
 @patch
 def _write(self:Ledger, row):
     line, size = seal_line(row), os.fstat(self._fd).st_size
@@ -194,6 +205,7 @@ def append(self:Ledger,
     self._unsynced += 1
     if self._unsynced >= self.sync_every: self.sync()
 
+# %% ../nbs/02_ledger.ipynb #2c1ee8d1
 @patch
 def sync(self:Ledger):
     "Force what is written to the disk"
@@ -247,6 +259,7 @@ def _whole(paths, metas):
     absent = sorted(set(range(own["fold_size"])) - {m["settings"]["fold_index"] for m in metas})
     return metas[0] | dict(settings=own | dict(fold_size=1, fold_index=0)), absent
 
+# %% ../nbs/02_ledger.ipynb #010cb1af
 def merge_ledgers(
     paths, # ledgers of the parts
     out, # ledger to write, a new file

@@ -36,6 +36,7 @@ def neighbourhood(
         lo = rng.uniform(max(0., hi - length), min(lo, duration_s - length)); hi = lo + length
     return float(lo),float(hi)
 
+# %% ../nbs/11_masks.ipynb #fec9aeab
 def _inside(span, duration_s):
     "Hull of the spans, cut to the video"
     if not duration_s > 0: raise ValueError(f"duration_s must be above 0, got {duration_s}")
@@ -83,6 +84,7 @@ def hidden_frames(
     if len(t) and hidden.all(): hidden[np.abs(t - (lo + hi)/2).argmin()] = False
     return hidden
 
+# %% ../nbs/11_masks.ipynb #03a0fc6c
 def blank_frames(
     frame_ts, # [T] seconds of each frame
     span, # (start, end) to hide, or [N,2] of which each is hidden; seconds

@@ -41,6 +41,7 @@ def recall_at(
     if not 0 < m <= 1: raise ValueError(f"recall_at: m must be in (0,1], got {m!r}: tIoU is a fraction, not a percent")
     return float((_fractions(ious, "recall_at") >= m).mean())
 
+# %% ../nbs/22_metrics.ipynb #da0b2bbd
 def grounding_metrics(
     ious, # [N] tIoU of each sample's answer, 0 for a miss
     thresholds=(.3,.5,.7), # of R1@m
@@ -162,6 +163,7 @@ def spearman(
     scale = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / scale) if scale else None
 
+# %% ../nbs/22_metrics.ipynb #d12cb4cd
 def auc(
     scores, # [N] higher means more likely positive
     labels, # [N] truth, bool

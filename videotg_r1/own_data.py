@@ -66,6 +66,7 @@ def table_rows(
     try: return [(reader.line_num, row) for row in reader]
     except csv.Error as e: raise ValueError(f"{Path(path).name}, line {reader.line_num}: not csv ({e}): is a quote left open?") from None
 
+# %% ../nbs/16_own_data.ipynb #dc70ff92
 def csv_samples(
     path, # csv with the columns video, query, start, end
     videos, # folder of the videos

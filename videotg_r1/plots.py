@@ -40,6 +40,7 @@ def canvas(
         try: yield fig, ax
         finally: plt.close(fig)
 
+# %% ../nbs/70_plots.ipynb #25ee2e2f
 def save_png(
     fig, # figure
     path=None, # where; None gives the bytes
@@ -95,6 +96,7 @@ def draw_timeline(
     ax.grid(axis="y", visible=False)
     if title: ax.set_title(one_line(title), loc="left", parse_math=False, fontsize=9)
 
+# %% ../nbs/70_plots.ipynb #0a06b9cf
 def timeline(
     duration_s:float, # length of the video
     tracks:dict, # name -> [(start, end), ...] seconds; `true` and `predicted` have colours of their own

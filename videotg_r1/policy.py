@@ -8,12 +8,13 @@ __all__ = ['FAMILIES', 'VISION_TOKENS', 'SPECIAL_TOKENS', 'TAGS', 'CHAT_TEMPLATE
            'Family', 'never_sampled', 'end_ids', 'Policy', 'frame_spec', 'train_tokenizer', 'build_config',
            'build_policy', 'chunk_attention', 'even_chunks', 'uneven_chunks', 'MatmulPatches', 'tower_plan',
            'FeatureTower', 'WideMLP', 'fast_classes', 'prepare', 'random_policy', 'Encoded', 'chat_parts',
-           'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'FeatureStore', 'pair_keys',
+           'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'FeatureStore', 'hashers', 'pair_keys',
            'tower_pass', 'see', 'no_bars', 'save_policy', 'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
 
-# %% ../nbs/30_policy.ipynb #15371e9e
+# %% ../nbs/30_policy.ipynb #1a5f45f5
 import itertools
 import json
+import os
 import re
 import sqlite3
 from collections import OrderedDict
@@ -460,6 +461,7 @@ class Encoded:
     second_per_grid_s: float   # seconds between two pairs
     n_video_tokens: int        # visual tokens among input_ids
     features: torch.Tensor = None # [n_video_tokens,D] what the tower makes of the frames, where that is known
+    keys: list = None          # of `pair_keys`, where they are known
 
     def __len__(self): return len(self.input_ids)
 
@@ -511,7 +513,7 @@ def video_pieces(
                (known("<|vision_end|>"), i, False)) for i in pairs)
     return [(known(head), -1, False), *itertools.chain.from_iterable(blocks), (ids(tail), -1, False)]
 
-# %% ../nbs/30_policy.ipynb #5fbff650
+# %% ../nbs/30_policy.ipynb #414a3d1e
 @singledispatch
 def encode(
     policy,    # Policy
@@ -536,11 +538,12 @@ def encode(
         p = (video_positions(at, (len(run), *merged), seconds, policy.tokens_per_second) if video
              else torch.arange(at, at + len(new)).expand(3, -1))
         ids.append(new); positions.append(p); at = int(p.max()) + 1
-    sizes, stay = torch.tensor([len(o) for o, *_ in pieces]), torch.tensor([pair < 0 or stays[pair] for _, pair, _ in pieces])
-    kept, n, frames = stay.repeat_interleave(sizes), int(keep.sum()), torch.as_tensor(clip.frames)
-    if n < T: frames = frames[keep.repeat_interleave(spec.frames_per_pair)]
-    return Encoded(torch.cat(ids)[kept], torch.cat(positions, 1)[:, kept], at, frames, spec, torch.tensor([[n, H, W]]),
-                   seconds, n*merged[0]*merged[1])
+    ids, positions, n, frames = torch.cat(ids), torch.cat(positions, 1), sum(stays), torch.as_tensor(clip.frames)
+    if n < T:
+        sizes, stay = torch.tensor([len(o) for o, *_ in pieces]), torch.tensor([pair < 0 or stays[pair] for _, pair, _ in pieces])
+        kept = stay.repeat_interleave(sizes)
+        ids, positions, frames = ids[kept], positions[:, kept], frames[keep.repeat_interleave(spec.frames_per_pair)]
+    return Encoded(ids, positions, at, frames, spec, torch.tensor([[n, H, W]]), seconds, n*merged[0]*merged[1])
 
 # %% ../nbs/30_policy.ipynb #087c5623
 def video_inputs(
@@ -667,19 +670,25 @@ def put(self:FeatureStore,
             if over <= 0: break
             self.base.execute("delete from pairs where key = ?", (key,)); over -= size
 
-# %% ../nbs/30_policy.ipynb #f94f6e3d
+# %% ../nbs/30_policy.ipynb #a10551cd
+@cache
+def hashers(
+    process, # id of this process: a fork of it has no threads yet
+): # ThreadPoolExecutor
+    "Threads that hash, started once: starting them holds the first clip back"
+    return ThreadPoolExecutor(8, "hash")
+
 def pair_keys(
     encodeds, # list of Encoded
 ): # yields for each a list of keys, one for each pair
     "What tells one pair of frames from another; later clips are hashed while the first are worked on"
-    pairs = [e.frames.numpy().reshape(int(e.grid_thw[0, 0]), -1) for e in encodeds]
-    some, digests = [clip[i:i + 8] for clip in pairs for i in range(0, len(clip), 8)], lambda rows: [sha256(row).digest()[:16] for row in rows]
-    with ThreadPoolExecutor(8) as pool:
-        many = sum(clip.nbytes for clip in pairs) >= 1 << 22
-        found = itertools.chain.from_iterable((pool.map if many else map)(digests, some))     # hashing lets go of the interpreter
-        for e, clip in zip(encodeds, pairs, strict=True):
-            size = e.grid_thw[0, 1:].tolist()
-            yield [(*size, next(found)) for _ in clip]
+    pairs = [[] if e.keys else e.frames.numpy().reshape(int(e.grid_thw[0, 0]), -1) for e in encodeds]
+    some, digests = [clip[i:i + 4] for clip in pairs for i in range(0, len(clip), 4)], lambda rows: [sha256(row).digest()[:16] for row in rows]
+    many = sum(rows.nbytes for rows in some) >= 1 << 22
+    found = itertools.chain.from_iterable((hashers(os.getpid()).map if many else map)(digests, some))   # hashing lets go of the interpreter
+    for e, clip in zip(encodeds, pairs, strict=True):
+        size = e.grid_thw[0, 1:].tolist()
+        yield e.keys or [(*size, next(found)) for _ in clip]
 
 def tower_pass(
     policy, # Policy
@@ -719,7 +728,7 @@ def see(
                 if len(some) == most: look(waiting.pop(k[:2]))
     for some in waiting.values(): look(some)
     if cache.store: cache.store.put({k: known[k] for k in looked})
-    return [replace(e, features=torch.cat([known[k] for k in ks])) for e, ks in zip(encodeds, keys, strict=True)], len(looked)
+    return [replace(e, features=torch.cat([known[k] for k in ks]), keys=ks) for e, ks in zip(encodeds, keys, strict=True)], len(looked)
 
 # %% ../nbs/30_policy.ipynb #5324693f
 @contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STAMP_TOKENS', 'PUBLISHED', 'TEXT_TOKENS', 'ANSWER_TOKENS', 'CARDS', 'RATES', 'ModelSize', 'size_of', 'published',
            'Load', 'load_of', 'Card', 'Rates', 'card_of', 'read_s', 'write_s', 'learn_s', 'Training', 'trained_of',
-           'training_gb', 'agent_gb', 'update_s', 'step_s', 'what_fits', 'agent_s', 'recipe', 'expected']
+           'training_gb', 'agent_gb', 'update_s', 'step_s', 'what_fits', 'asking_fits', 'agent_s', 'recipe', 'expected']
 
 # %% ../nbs/35_prediction.ipynb #cf2a2531
 from dataclasses import dataclass, replace
@@ -196,7 +196,7 @@ def learn_s(
     cost = flops(size.shape, load.tokens, [tokens]*G, load.patches, load.frame_patches, True, checkpointing, vision)
     return max(prompts*cost/card.flops/rates.learn, rates.least_s) + rates.part_s + adapters*rates.adapters_s
 
-# %% ../nbs/35_prediction.ipynb #552329aa
+# %% ../nbs/35_prediction.ipynb #84109532
 @dataclass(frozen=True)
 class Training:
     "What the memory and the time of a training step depend on"
@@ -236,7 +236,9 @@ def training_gb(
     acts = tokens*(4*size.hidden*s.layers + layer if t.gradient_checkpointing else layer*s.layers)
     if not (t.freeze_vision or t.lora_r): acts += max(part, 1)*load.patches*s.vision_width*(4*s.vision_layers + 40 if t.gradient_checkpointing else 40*s.vision_layers)
     kv = each*(load.tokens + t.G*t.longest)*size.kv_bytes if t.method == "grpo" else 0
-    return dict(weights=held/1e9 + (2*size.total/1e9 if t.beta and not t.lora_r else 0), optimizer=12*trained/shards/1e9, activations=acts/1e9,
+    table = size.total - s.text_params - s.vision_params - s.merger_params # words in and out: one piece, as each layer is, which is put together while it works
+    whole = 8*(table + 2*s.text_params/s.layers) if t.sharded else 0 # it and the next one in 16 bits, gradients, and these in 32 bits to be added up
+    return dict(weights=(held + whole)/1e9 + (2*size.total/1e9 if t.beta and not t.lora_r else 0), optimizer=12*trained/shards/1e9, activations=acts/1e9,
                 kv=kv/1e9, other=4.)
 
 # %% ../nbs/35_prediction.ipynb #640f6cc1
@@ -303,6 +305,26 @@ def what_fits(
     if not t.lora_r and fits(replace(t, lora_r=64, freeze_vision=True, sharded=False), total_pixels):
         return ", ".join([*said, "train adapters: lora_r: 64, freeze_vision: true"])
     return "nothing here: take more or larger GPUs (params/accelerate/fsdp2.yaml), or a smaller model"
+
+# %% ../nbs/35_prediction.ipynb #4147d520
+def asking_fits(
+    size:ModelSize, # of the model
+    load_for, # total_pixels -> Load, of the longest video
+    prompts:int, # at a time
+    G:int, # answers to each
+    longest:int, # tokens of an answer at most
+    gb:float, # memory of the GPU
+    total_pixels:int, # as asked for
+)->str: # what to change; "" where it fits as it is
+    "The smallest change under which an agent's questions fit"
+    fits = lambda prompts, pixels: sum(agent_gb(size, load_for(pixels), prompts, G, longest).values()) <= gb
+    if fits(prompts, total_pixels): return ""
+    fewer = [prompts >> i for i in range(1, prompts.bit_length())]
+    for n in fewer:
+        if fits(n, total_pixels): return f"lower batch_size to {n}"
+    for pixels in (total_pixels//2, total_pixels//4):
+        if fits(1, pixels): return f"lower batch_size to 1 and total_pixels to {pixels}"
+    return "take a GPU with more memory, or a smaller model"
 
 # %% ../nbs/35_prediction.ipynb #f86236b4
 def agent_s(

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['NOTHING', 'CPU', 'CPU_RATES', 'check_model', 'check_data', 'told_by', 'model_size', 'frames_of', 'training_of',
-           'variants_of', 'Outlook', 'outlook', 'words', 'duration_text', 'judge_cost', 'price', 'estimates',
+           'variants_of', 'typical', 'Outlook', 'outlook', 'words', 'duration_text', 'judge_cost', 'price', 'estimates',
            'disk_need', 'listed', 'preflight']
 
-# %% ../nbs/81_preflight.ipynb #4a53fb54
+# %% ../nbs/81_preflight.ipynb #bdb771cc
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
 import videotg_r1
@@ -24,11 +24,13 @@ from videotg_r1.prediction import (
     CARDS,
     RATES,
     Card,
+    Load,
     ModelSize,
     Rates,
     Training,
     agent_gb,
     agent_s,
+    asking_fits,
     card_of,
     load_of,
     published,
@@ -54,12 +56,12 @@ def check_model(
     return Finding("missing", "model", f"{name}: no folder with .safetensors, and not among the downloaded models: fetch it with `hf download {name}`, "
                    "or give the folder where it lies")
 
-# %% ../nbs/81_preflight.ipynb #8a98219b
+# %% ../nbs/81_preflight.ipynb #14817f5b
 NOTHING = dict(train=0, heldout=0, videos=0, mean_s=60., longest_s=60.)
 
 def check_data(
     p:dict, # parameters of the prepare stage
-)->tuple: # (list of Finding, {train, heldout: how many samples; videos; mean_s, longest_s: of them}, rows of `unusable`)
+)->tuple: # (list of Finding, {train, heldout: how many samples; videos; mean_s, longest_s: of them; lengths: of some samples' videos, by role}, rows of `unusable`)
     "Annotation files, videos, and whether training touches what is reported on"
     if p["source"] == "synthetic":
         w = p["world"]
@@ -74,7 +76,9 @@ def check_data(
     found = [less(f, c) for c in checked for f in c.findings] + check_between(checked, p["allow_leak"])
     sizes = {role: sum(len(c.kept) for c in checked if c.part.role == role) for role in ("train", "heldout")}
     seconds = {s.video: s.duration_s for c in checked for s in c.kept} or {"": 60.}
-    sizes |= dict(videos=len(seconds), mean_s=sum(seconds.values())/len(seconds), longest_s=max(seconds.values()))
+    every = {role: sorted(s.duration_s for c in checked for s in c.kept if c.part.role == role) for role in ("train", "heldout")}
+    sizes |= dict(videos=len(seconds), mean_s=sum(seconds.values())/len(seconds), longest_s=max(seconds.values()),
+                  lengths={role: [o[int((i + .5)/64*len(o))] for i in range(64)] for role, o in every.items() if o})
     return found, sizes, [o for c in checked for o in unusable(c)]
 
 # %% ../nbs/81_preflight.ipynb #8891cd82
@@ -126,7 +130,18 @@ def variants_of(
     method = lambda v: v.get("method", "grpo")
     return [(training_of(p | dict(method=method(v)), gpus, v.get("settings")), (p[method(v)] | v.get("settings", {})).get("steps", 100)) for v in p["variants"].values()]
 
-# %% ../nbs/81_preflight.ipynb #1b8949a6
+# %% ../nbs/81_preflight.ipynb #6190fce5
+def typical(
+    size:ModelSize, # of the model
+    frames:dict, # FrameSpec fields
+    sizes:dict, # of `check_data`
+    role:str="train", # or heldout
+)->Load: # the mean of many
+    "What a video of a set costs: the mean over videos, which is less than that of a video of mean length, because long ones are cut to max_frames"
+    loads = [load_of(size, frames, o) for o in sizes.get("lengths", {}).get(role) or [sizes["mean_s"]]]
+    return Load(*(sum(o)/len(loads) for o in zip(*(astuple(o) for o in loads), strict=True)))
+
+# %% ../nbs/81_preflight.ipynb #da50b188
 @dataclass(frozen=True)
 class Outlook:
     "What a stage is predicted to need"
@@ -143,28 +158,31 @@ def outlook(
     card:Card, # each GPU
     gpus:int=1, # of the machine
     rates:Rates=RATES, # what was measured
-    to_limit:bool=False, # answers are as long as they may be, as those of random weights
+    to_limit:bool=False, # answers are as long as they may be and propose nothing, as those of random weights
 )->Outlook|None: # None for a stage without a model of its own, or of unknown size
     "Time and memory of a stage"
     p = job.params
     if "model" not in p or p.get("judge") or not (size := model_size(p["model"])): return None
     frames, s = frames_of(p), p.get("settings", {})
-    mean, longest = (load_of(size, frames, sizes[k]) for k in ("mean_s", "longest_s"))
+    mean, longest = typical(size, frames, sizes, "heldout" if job.stage == "evaluate" else "train"), load_of(size, frames, sizes["longest_s"])
     n, runs = gpus if p.get("runner", "in_process") != "in_process" else 1, variants_of(job, gpus)
     k = dict(reflect=s.get("k", 4), estimate=s.get("k", 8)).get(job.stage, 1)
-    need = agent_gb(size, longest, 16, k, s.get("max_new_tokens", 64))
+    batch, limit = s.get("batch_size", 8), s.get("max_new_tokens", 64)
+    need = agent_gb(size, longest, batch, k, limit)
     queries = (sizes["train"] + sizes["heldout"])/max(sizes["videos"], 1)
-    tokens = s.get("max_new_tokens", 64) if to_limit else ANSWER_TOKENS
-    ask = lambda stage, m: m*agent_s(stage, size, mean, card, k, s.get("max_proposals", 3), rates=rates, queries=queries, tokens=tokens)/n
+    tokens = limit if to_limit else ANSWER_TOKENS
+    load_for = lambda pixels: load_of(size, frames | dict(total_pixels=pixels), sizes["longest_s"])
+    pixels = frames.get("total_pixels", 3584*size.factor**2)
+    ask = lambda stage, m, k, v: m*agent_s(stage, size, mean, card, k, v, batch, rates, queries, tokens)/n
     if to_limit: runs = [(replace(t, tokens=t.longest), steps) for t,steps in runs]
     if not runs:
-        samples = sizes["heldout"] if job.stage == "evaluate" else sizes["train"] + (s.get("calibrate_n", 200)*2/5 if job.stage == "reflect" else 0)
-        return Outlook(job.name, ask(job.stage, p.get("max_samples") or samples) + rates.load_s, n, sum(need.values()), words(need), "" if
-                       sum(need.values()) <= card.gb else "lower total_pixels of the frames, or take a smaller model")
-    judged = len(runs)*ask("evaluate", p.get("max_samples") or sizes["heldout"]) if job.stage != "train" else 0
+        samples = p.get("max_samples") or sizes["heldout" if job.stage == "evaluate" else "train"]
+        negatives = min(s.get("calibrate_n", 200), samples) if job.stage == "reflect" and s.get("threshold") is None else 0
+        seconds = ask(job.stage, samples, k, 0 if to_limit else s.get("max_proposals", 3)) + (ask(job.stage, negatives, 0, 0) if negatives else 0)
+        return Outlook(job.name, seconds + rates.load_s, n, sum(need.values()), words(need), asking_fits(size, load_for, batch, k, limit, card.gb, pixels))
+    judged = len(runs)*ask("evaluate", p.get("max_samples") or sizes["heldout"], 1, 0) if job.stage != "train" else 0
     worst, need = max(((t, training_gb(size, longest, t)) for t,_ in runs), key=lambda o: sum(o[1].values()))
-    fits = what_fits(size, lambda pixels: load_of(size, frames | dict(total_pixels=pixels), sizes["longest_s"]), worst, card.gb,
-                     frames.get("total_pixels", 3584*size.factor**2))
+    fits = what_fits(size, load_for, worst, card.gb, pixels)
     return Outlook(job.name, sum(steps*step_s(size, mean, t, card, rates) for t,steps in runs) + judged + len(runs)*rates.load_s, max(t.gpus for t,_ in runs),
                    sum(need.values()), words(need), fits)
 

@@ -56,6 +56,7 @@ def rich_bar(
         warnings.simplefilter("ignore", TqdmExperimentalWarning)
         return Bar(it, progress=columns, options=dict(console=console), **kw)
 
+# %% ../nbs/04_progress.ipynb #fd35b092
 def bar(
     it=None, # what is gone through; None where `update` is called by hand
     show:bool=True, # False shows nothing

@@ -101,6 +101,7 @@ def _last_block(text):
     if block is not None: return block, True
     return (None, False) if start is None else (text[start:], False)
 
+# %% ../nbs/20_prompts.ipynb #6b843a15
 def _split(text):
     "Thinking, text that counts as the answer (None where cut short), and how it was found: block, unclosed, bare, cut"
     closes = list(_TAGS["/think"].finditer(text))
@@ -129,6 +130,7 @@ _IN_A_ROW = re.compile(r"</(time|timestep|timestamp)>[\s,]{0,3}<\1>", re.I | re.
 _YES = re.compile(r"\W{0,3}(yes|no)\b", re.I | re.A)
 _NONE = re.compile(r"\W{0,3}(?:[A-Za-z]\s{0,3},\s{0,3})?none\b", re.I | re.A)
 
+# %% ../nbs/20_prompts.ipynb #5e556321
 def _seconds(time):
     (whole, _, part), total = time.partition("."), 0
     for o in whole.split(":"): total = 60*total + int(o)
@@ -153,6 +155,7 @@ def _read_choice(text):
     m = _CHOICE.match(text) or _CHOICE_LATER.search(text)
     return ord(m[1].upper()) - 65 if m else None
 
+# %% ../nbs/20_prompts.ipynb #7ed2b7ea
 def parse_answer(
     text, # a completion
     strict=False, # read only what is in exactly the form asked for

@@ -82,6 +82,7 @@ def plain_span_precision(
         out.append(sum(max([p for found,p in notes if found >= k], default=0.) for k in range(1, len(truths)+1)) / len(truths))
     return out
 
+# %% ../nbs/23_ranking.ipynb #3176ab9a
 def plain_clip_precision(
     scores, # [C] score of each clip of one video
     right, # [C] 0 or 1

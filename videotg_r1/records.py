@@ -30,9 +30,9 @@ def _checked_spans(spans, duration_s):
             raise ValueError(f"span ({s:g}, {e:g}) begins after the video ends at {duration_s:g} s: is it in seconds?")
     return spans
 
-# %% ../nbs/01_records.ipynb #eca1c48e
+# %% ../nbs/01_records.ipynb #8f15b537
 def _checked_options(options, answer):
-    if isinstance(options, str): raise ValueError(f"options must be a list of texts, got the text {options!r:.100}")
+    if not isinstance(options, (list, tuple)): raise ValueError(f"options must be a list of texts, got {options!r:.100}")
     options = tuple(map(str, options))
     if options and len(options) < 2: raise ValueError(f"options must be two or more, got {options}")
     if answer is not None and (type(answer) is not int or not 0 <= answer < len(options)):
@@ -86,6 +86,7 @@ def to_dict(self:Sample)->dict: # plain values
     d["spans"], d["options"] = [list(o) for o in self.spans], list(self.options)
     return {k: v for k,v in d.items() if k in ("qid", "vid", "video", "duration_s", "query") or v not in ("", [], None)}
 
+# %% ../nbs/01_records.ipynb #ec1fb9f1
 @patch(cls_method=True)
 def from_dict(
     cls:Sample,

@@ -41,7 +41,7 @@ def big(
         if abs(n) >= size: return f"{n/size:.3g} {unit}"
     return f"{n:.3g}"
 
-# %% ../nbs/71_report.ipynb #29843b57
+# %% ../nbs/71_report.ipynb #7dad9eb2
 TITLES = {"blind": "query-blind", "base": "zero-shot", "sft": "SFT", "grpo": "GRPO", "grpo_bra": "GRPO + BRA", "videotg_r1": "VideoTG-R1"}
 
 def read_stage(
@@ -59,7 +59,7 @@ def read_run(
     run_dir, # folder of a run
 )->dict: # job -> what `read_stage` gave
     "All finished stages of a run"
-    return {p.name: s for p in sorted(Path(run_dir).iterdir()) if p.is_dir() and (s := read_stage(p))}
+    return {p.name: s for p in sorted(Path(run_dir).iterdir()) if p.is_dir() and "." not in p.name and (s := read_stage(p))}
 
 # %% ../nbs/71_report.ipynb #d7a963f4
 def result_rows(
@@ -80,6 +80,7 @@ def result_rows(
         out.append(row)
     return out
 
+# %% ../nbs/71_report.ipynb #bb7ab36c
 def questions_of(
     stages:dict, # as of `read_run`
 )->list: # of `Sample`
@@ -95,6 +96,7 @@ def seed_of(
     p = train["params"]
     return p.get(p.get("method", ""), {}).get("seed", 0)
 
+# %% ../nbs/71_report.ipynb #39db5692
 def question_rows(
     stages:dict, # as of `read_run`
 )->list: # dicts: key, name, n, Acc@QA, Acc@GQA, mIoU, mIoP, intervals, vs_base; empty where nothing was asked
@@ -130,6 +132,7 @@ def diagnoses(
         if scores: out[TITLES.get(k, k)] = diagnose([samples[r["qid"]] for r in scores], read_ledger_or_rows(judged[k]/"predictions.jsonl"), scores)
     return out
 
+# %% ../nbs/71_report.ipynb #8998d936
 def failures_of(
     tables:dict, # of `diagnoses`
 )->dict: # model (the last one), errors, offsets, buckets, reading, samples: model -> worst, median; empty where nothing was judged
@@ -177,6 +180,7 @@ def trained_card(
                 "training samples": f"hash {meta['samples']}"}
     return out
 
+# %% ../nbs/71_report.ipynb #c2110685
 def training_words(
     stages:dict, # as of `read_run`
     key:str, # of a model
@@ -187,6 +191,7 @@ def training_words(
     if course := meta.get("curriculum"): out["curriculum"] = words(course)
     return out
 
+# %% ../nbs/71_report.ipynb #bfbbd8bb
 def card_of(
     stages:dict, # as of `read_run`
     key:str, # of a model
@@ -232,6 +237,7 @@ def data_size(
     "Over how many queries a number is taken"
     return f"{m['n']} queries of {m['videos']} videos" if "videos" in m else str(m["n"])
 
+# %% ../nbs/71_report.ipynb #e61cf8df
 def data_text(
     stages:dict, # as of `read_run`
     part:str, # empty, or questions
@@ -243,6 +249,7 @@ def data_text(
     source = (prepare["params"].get("source") or "") if prepare else ""
     return "; ".join(filter(None, [source, file, f"hash of the queries {meta['samples']}" if meta.get("samples") else ""]))
 
+# %% ../nbs/71_report.ipynb #42c5ab3a
 def blind_card(
     stages:dict, # as of `read_run`
     part="", # empty, or questions
@@ -254,6 +261,7 @@ def blind_card(
                 **({"fitted on": o} if "prepare" in stages and (o := sha_of(stages["prepare"], "train.jsonl")) else {}),
                 **{k: own[k] for k in ("data", "n", "command", "commit", "machine", "versions") if k in own})
 
+# %% ../nbs/71_report.ipynb #6f5831f4
 def cards(
     f:dict, # facts without cards
     stages:dict, # as of `read_run`
@@ -279,6 +287,7 @@ def agents_of(
     if p.get("curriculum"): used.add("estimate")
     return [a for a in ("reflect", "estimate") if a in used and a in stages]
 
+# %% ../nbs/71_report.ipynb #fb636a33
 def ledger_rows(
     stages:dict, # as of `read_run`
 )->list: # dicts: name, n, samples, tokens, flops, seconds, and the same with the agents' passes
@@ -307,6 +316,7 @@ def main_row(
     return dict(name=name, method=m["method"], pool=m["pool"], n=m["n"], steps=m["steps"], ious=read_jsonl(judged["folder"]/"scores.jsonl"),
                 **{k: judged["metrics"][k] for k in ("mIoU", "lo", "hi")})
 
+# %% ../nbs/71_report.ipynb #285271af
 def compared_rows(
     stages:dict, # as of `read_run`
     part:str, # ablation or data_efficiency
@@ -349,6 +359,7 @@ def provenance_of(
                 wall_s=round(wall, 1), stages=len(stages), mixed=len({s["code"] for s in stages.values()}) > 1,
                 peak_rss_gb=max(s["compute"].get("peak_rss_gb", 0) for s in stages.values()))
 
+# %% ../nbs/71_report.ipynb #92d5ab80
 def facts(
     config:dict, # the params file
     run_dir, # folder of the run
@@ -375,6 +386,7 @@ def shares(
     if key not in by or "grpo" not in by or not by["grpo"]["n"] or not by["grpo"]["total"]["flops"]: return None
     return by[key]["n"]/by["grpo"]["n"], by[key]["total"]["flops"]/by["grpo"]["total"]["flops"]
 
+# %% ../nbs/71_report.ipynb #1f1e098b
 def claim(
     f:dict, # facts without the claim
 )->str: # one or two sentences
@@ -415,6 +427,7 @@ def not_working(
                                                f" and {1 - (b['precision'] or 0):.0%} of what it discarded was fine.")
     return out
 
+# %% ../nbs/71_report.ipynb #bd2c277d
 def shares_over_one(
     f:dict, # facts
 )->list: # sentences
@@ -447,6 +460,7 @@ def figures(
         else: out[part] = efficiency_curve(f), "Held-out mIoU against the number of training samples, at equal steps."
     return out | failure_figures(f, stages) | example_figures(stages)
 
+# %% ../nbs/71_report.ipynb #3dbfa854
 def failure_figures(
     f:dict, # facts
     stages:dict, # as of `read_run`
@@ -473,6 +487,7 @@ def sheets_of(
     said = {"worst": "the worst answers", "median": "answers around the median tIoU"}
     return {k: (sheet([row(r, i) for i,r in enumerate(o["samples"][model][k], 1)]), f"{model}: {text}.") for k,text in said.items()}
 
+# %% ../nbs/71_report.ipynb #0f385979
 def history_of(
     stage:dict, # a training stage, as of `read_stage`
 )->list: # rows of its log
@@ -491,6 +506,7 @@ def efficiency_curve(
         series.setdefault(way, []).append(dict(x=r["n"], y=r["mIoU"], lo=r["lo"], hi=r["hi"]))
     return lines(series, "training samples", "held-out mIoU", log_x=True)
 
+# %% ../nbs/71_report.ipynb #59e8a97e
 def example_figures(
     stages:dict, # as of `read_run`
     n:int=3, # videos
@@ -534,6 +550,7 @@ figure { width: fit-content; max-width: 96%; margin: 1.2rem 0; padding: .8rem; b
 code, pre { font: .88rem/1.5 ui-monospace, monospace; background: var(--card); border-radius: 4px } code { padding: .1rem .3rem } pre { padding: .8rem; overflow-x: auto }
 """
 
+# %% ../nbs/71_report.ipynb #51e9e8d8
 def esc(
     text, # anything
 )->str: # safe inside html, in text and in attributes
@@ -560,6 +577,7 @@ def html_figure(
     data = base64.b64encode(png).decode()
     return f'<figure><img alt="{esc(caption)}" src="data:image/png;base64,{data}"><figcaption>{esc(caption)}</figcaption></figure>'
 
+# %% ../nbs/71_report.ipynb #58408219
 def html_cards(
     cards:dict, # name of the row -> card
 )->str: # html; empty without cards
@@ -638,6 +656,7 @@ def tables(
     if e: out["estimate"] = ["difficulty (DEA)", ""], [[DIFFICULTY.get(k, k.replace("_", " ")), num(v) if isinstance(v, float) else "-" if v is None else v] for k,v in e.items()], ""
     return out
 
+# %% ../nbs/71_report.ipynb #049378b4
 def md_table(
     head, # names of the columns
     rows, # lists of cells
@@ -670,6 +689,7 @@ def mind(
     "What would change our mind"
     return MIND + (WORLD if f.get("source") == "synthetic" else "")
 
+# %% ../nbs/71_report.ipynb #3b0d7038
 def seeds_text(
     seeds:dict, # stage and setting -> seed
 )->str:
@@ -679,6 +699,7 @@ def seeds_text(
     other = [f"{k} {v}" for k,v in seeds.items() if v != usual]
     return f"{usual} in all {len(seeds)} places" if not other else f"{usual}, but " + ", ".join(other)
 
+# %% ../nbs/71_report.ipynb #c57ae11e
 def how_to(
     f:dict, # facts
 )->str: # plain text
@@ -713,6 +734,7 @@ def page(
             f'<p class="claim">{esc(f["claim"])}</p><p><a href="samples.html">Every sample, with its video and all answers</a></p>{aside}{"".join(parts)}<h2>What did not work</h2><ul>{failed}</ul>'
             f'<h2>What would change our mind</h2><p>{esc(mind(f))}</p><h2>How to do it again</h2><pre>{esc(how_to(f))}</pre></body></html>\n')
 
+# %% ../nbs/71_report.ipynb #ae1ca14a
 def readme(
     f:dict, # facts
     pictures:dict, # name -> (png bytes, caption)
@@ -728,7 +750,7 @@ def readme(
                  "`cards.json`, and folded up below the tables of index.html. All of it was written down by the stages while they worked.\n")
     return "\n".join([*parts, f"## What did not work\n\n{failed}\n", f"## What would change our mind\n\n{mind(f)}\n", f"## How to do it again\n\n```\n{fenced}\n```\n"])
 
-# %% ../nbs/71_report.ipynb #40d427b3
+# %% ../nbs/71_report.ipynb #62e3515e
 def build_report(
     config:dict, # the params file
     run_dir, # folder of the run
@@ -736,6 +758,8 @@ def build_report(
 )->Path: # `out`
     "Write README.md, metrics.json, cards.json, figures, executed notebooks and index.html"
     run_dir, out = Path(run_dir), Path(out)
+    if out.exists() and not (out/"metrics.json").is_file() and any(out.iterdir()):
+        raise ValueError(f"report: {out} is there and holds no report: move it away, or take another run name or --reports folder")
     f = facts(config, run_dir)
     dpi = lambda k: 80 if k in ("worst", "median") else 110     # the sheets are large
     drawn = lambda figs: {k: (save_png(fig, dpi=dpi(k)), caption) for k,(fig, caption) in figs.items()}
@@ -755,6 +779,7 @@ def build_report(
     new.replace(out)
     return out
 
+# %% ../nbs/71_report.ipynb #8fa45cb3
 def public(
     text:str, # of a page or an executed notebook
 )->str: # without the folders of this machine, and without tokens

@@ -118,6 +118,7 @@ def reward_weights(
             raise ValueError(f"reward_weights: the weight of {part!r} must be a number, got {w!r}")
     return dict(weights)
 
+# %% ../nbs/21_rewards.ipynb #00019042
 def score_completion(
     text, # a completion
     sample, # the `Sample` it is about

@@ -146,8 +146,9 @@ def warm(
 ): # the same row
     "Decode the videos of a unit into the cache"
     from videotg_r1.video import VideoError, read_clip
+    cache = open_cache(cache_dir)
     for path in dict.fromkeys(s.video for b in unpacked(row["unit"]) for s in b):
-        try: read_clip(path, spec, cache=open_cache(cache_dir))
+        try: read_clip(path, spec, cache=cache)
         except VideoError: pass # the actor meets it too, and makes a finding of it
     return row
 

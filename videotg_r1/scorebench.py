@@ -38,6 +38,7 @@ def made_up_retrieval(
                               tuple(rng.random(75).round(2).tolist())))
     return truths, answers
 
+# %% ../nbs/27_scorebench.ipynb #98e6acb1
 def made_up_grounding(
     n:int=17031, # queries
     videos:int=4885, # they are spread over
@@ -109,6 +110,7 @@ def reference_evaluator(
     if r.returncode: raise ValueError(f"bench score: the reference evaluator failed: {(r.stderr.strip().splitlines() or ['no output'])[-1]}")
     return json.loads(r.stdout.splitlines()[-1])
 
+# %% ../nbs/27_scorebench.ipynb #c685b066
 def seconds_of(
     func, # to be called without arguments
     repeats:int=3, # the fastest counts
@@ -145,6 +147,7 @@ def bench_score(
         out |= dict(reference_s=r["seconds"], reference_ratio=r["seconds"]/ours)
     return out
 
+# %% ../nbs/27_scorebench.ipynb #64cf3de2
 def bench_lines(
     b:dict, # of `bench_score`
 )->list: # of lines of text

@@ -125,6 +125,7 @@ def padded(
     full[np.arange(full.shape[1]) < sizes[:,None]] = np.fromiter(chain.from_iterable(lists), float, sizes.sum())
     return full[:,:width]
 
+# %% ../nbs/25_scoring.ipynb #a38273a5
 def treated(
     spans, # [M,2] answered spans, seconds
     durations, # [M] length of their videos, NaN where unknown
@@ -163,6 +164,7 @@ def _pooled(a, g):
     mine, true = (a[:,1]-a[:,0]).sum(), (g[:,1]-g[:,0]).sum()
     return (shared/(mine + true - shared), shared/mine) if shared else (0., 0.)
 
+# %% ../nbs/25_scoring.ipynb #32c51b70
 def query_agreement(
     spans, # [M,2] treated spans of all queries
     owner, # [M] which query each belongs to
@@ -187,6 +189,7 @@ def _kinds(top, pairs):
     return dict(empty=int(sum(a is not None and not a.spans for _,a in pairs)), not_finite=int((said & ~finite).sum()),
                 reversed=int((finite & (top[:,1] < top[:,0])).sum()), zero_length=int((finite & (top[:,1] == top[:,0])).sum()))
 
+# %% ../nbs/25_scoring.ipynb #0d3fdf15
 def answer_table(
     pairs, # list of (Truth, Answer or None)
     p:ScorePolicy, # of the score
@@ -228,6 +231,7 @@ def _right(pairs):
         raise ValueError(f"score: the truth lacks the right option of {len(lacking)} queries ({_listed(lacking)}): leave them out of it")
     return np.array([bool(a) and a.choice == t.answer for t,a in pairs])
 
+# %% ../nbs/25_scoring.ipynb #af924684
 def vtg_columns(
     pairs, # list of (Truth, Answer or None)
     table:dict, # of `answer_table`
@@ -236,6 +240,7 @@ def vtg_columns(
     "R1@m and mIoU"
     return {f"R1@{m:g}": hits(table["iou"], m, p) for m in p.thresholds} | {"mIoU": table["iou"]}
 
+# %% ../nbs/25_scoring.ipynb #d666fac4
 def nextgqa_columns(pairs, table, p):
     "Acc@QA, Acc@GQA, and both agreements"
     right, timed = _right(pairs), any(a and a.spans is not None for _,a in pairs)
@@ -322,6 +327,7 @@ def clip_ratings(
     out[whose, clips.astype(int)] = votes
     return out, n
 
+# %% ../nbs/25_scoring.ipynb #51baf123
 def highlight_columns(
     pairs, # list of (Truth, Answer or None)
 )->dict: # "Fair", "Good", "VeryGood" -> {"AP": [N], "Hit1": [N]}
@@ -377,6 +383,7 @@ def score_columns(
     if not columns: raise ValueError(f"score: nothing to score as {task}: the answers have neither spans, options nor clip scores that the truth knows of")
     return {k: (np.asarray(v, float), rows) for k,(v, rows) in columns.items()}, table, public
 
+# %% ../nbs/25_scoring.ipynb #34e81ec0
 def interval(
     values, # [n] values of a column
     vids, # [n] their videos
@@ -406,6 +413,7 @@ def remarks(
                 withheld=f"{counts['withheld']} queries of the truth have no true span: left out")
     return [said[k] for k,v in counts.items() if v and said.get(k)]
 
+# %% ../nbs/25_scoring.ipynb #1b7ac870
 def score(
     task:str, # vtg, qvhighlights, nextgqa or rextime
     truths, # list of `Truth`
@@ -429,6 +437,7 @@ def score(
                 remarks=remarks(counts, len(pairs), p), rules=asdict(p))
     return out | (dict(public=in_percent(public, p.digits)) if public else {})
 
+# %% ../nbs/25_scoring.ipynb #69c9a0ab
 def in_percent(
     o, # nested fractions
     digits:int, # after the point

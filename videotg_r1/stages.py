@@ -47,7 +47,7 @@ import videotg_r1
 from .config import check_value, load_params, scrub
 from .datasets import clone_root, repo_path
 from .doctor import gpus
-from .ledger import accepted, differences, fingerprint, locked, read_ledger, write_atomic
+from .ledger import accepted, differences, fingerprint, locked, sealed_rows, write_atomic
 
 # %% ../nbs/80_stages.ipynb #a2945408
 def stage_notebook(
@@ -1023,4 +1023,4 @@ def set_aside(
     "Samples that no stage could look at"
     files = [p for n in ("reflections", "difficulties", "predictions") for p in (repo_path(root)/run).glob(f"*/{n}.jsonl")]
     files += (repo_path(root)/run).rglob("set_aside.jsonl") # of trainings
-    return sorted({r["qid"] for p in files for r in read_ledger(p)[1] if r.get("broken")})
+    return sorted({r["qid"] for p in files for _,r in sealed_rows(p)[0][1:] if r.get("broken")}) # a kill may leave one without its first line

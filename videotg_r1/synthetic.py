@@ -18,7 +18,7 @@ import numpy as np
 
 from .config import from_params, settings, to_params
 from .decode import write_mp4
-from .ledger import write_atomic
+from .ledger import differences, write_atomic
 from .progress import bar
 from .records import Sample, write_jsonl, write_samples
 from .video import write_frames
@@ -157,6 +157,7 @@ def _paint_event(frames, k, scene, on, x, y, scale):
         box = frames[f, lo[1]:hi[1], lo[0]:hi[0]]
         box += m*(color-box)
 
+# %% ../nbs/13_synthetic.ipynb #41534fc1
 def render(
     scenes:dict, # from `draw_scenes`
     i:int, # which scene
@@ -176,6 +177,7 @@ def render(
     frames += .5
     return np.clip(frames, 0, 255, out=frames).astype(np.uint8)
 
+# %% ../nbs/13_synthetic.ipynb #93fbe245
 def _add_noise(frames, amplitude, seed):
     "Add noise in place: windows, placed at random, of one large field, since fresh noise would cost more than all the painting"
     rng, up = np.random.default_rng(seed), frames.shape[1]//SIDE
@@ -238,6 +240,7 @@ def _scene(cfg, split, i):
     repeat = cfg.partial_share if split == "train" else 0.
     return draw_scenes(rng, 1, D, cfg.max_events, cfg.distractors, repeat), rng
 
+# %% ../nbs/13_synthetic.ipynb #a4c0bae8
 def _render_one(job):
     "Render one video unless it is already there (a worker's job)"
     cfg, split, i, path = job
@@ -295,6 +298,7 @@ def _absent(rng, scene, concept, n):
 
 QUESTION = "Which of these happens?"
 
+# %% ../nbs/13_synthetic.ipynb #5b4ed283
 def _questions(cfg, i, sample, scene):
     "One multiple-choice and one yes/no sample for the target of a video"
     rng = np.random.default_rng([cfg.seed, {"train": 4, "heldout": 3}[sample.split], i])
@@ -309,7 +313,7 @@ def _questions(cfg, i, sample, scene):
               spans=base["spans"] if yes else [])
     return Sample.from_dict(qa), Sample.from_dict(ex)
 
-# %% ../nbs/13_synthetic.ipynb #497f57c5
+# %% ../nbs/13_synthetic.ipynb #36cb9f19
 def make_world(
     cfg:WorldConfig,
     folder, # where to write; videos that are already there are kept
@@ -318,10 +322,13 @@ def make_world(
 )->dict: # name -> path of every file written
     "Render the synthetic data set: videos first, annotations last, so that an annotation file means a whole set"
     folder = Path(folder).absolute()
-    (folder/"videos").mkdir(parents=True, exist_ok=True)
     stamp, mine = folder/"world.json", json.dumps(to_params(cfg), indent=1)
-    if stamp.exists() and from_params(WorldConfig, json.loads(stamp.read_text())) != cfg:
-        raise ValueError(f"make_world: {folder} holds another world; expected {mine}, found {stamp.read_text()}; name another folder")
+    if not stamp.exists() and (theirs := sorted(folder.glob("*.jsonl"))):
+        raise ValueError(f"make_world: {folder} holds {theirs[0].name}, and it is no world's: name another folder")
+    (folder/"videos").mkdir(parents=True, exist_ok=True)
+    there = to_params(from_params(WorldConfig, json.loads(stamp.read_text()))) if stamp.exists() else to_params(cfg)
+    if odd := differences(there, to_params(cfg)):
+        raise ValueError(f"make_world: {folder} holds another world ({'; '.join(odd)}): name another folder")
     write_atomic(stamp, mine)
     sizes = dict(train=cfg.train_videos, heldout=cfg.heldout_videos)
     jobs = [(cfg, split, i, _file(cfg, folder, f"{split}_{i:05d}")) for split, n in sizes.items() for i in range(n)]
@@ -339,6 +346,7 @@ def _run(jobs, workers, progress):
     with ThreadPoolExecutor(workers) if threads else ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         for _ in bar(pool.map(_render_one, jobs, chunksize=32), show=progress, total=len(jobs), desc="render", unit="video"): pass
 
+# %% ../nbs/13_synthetic.ipynb #c35b50f3
 def _annotate(cfg, folder, sizes):
     "Write the annotation files and the truth"
     sets, truths = {k: [] for k in ("train", "heldout", "heldout_qa", "heldout_exists")}, []

@@ -71,12 +71,14 @@ video { display: block; max-width: 100%; width: 100%; max-height: 46vh; backgrou
 @media (max-width: 32rem) { .timeline { grid-template-columns: minmax(0, 1fr); gap: .1rem } .timeline .name { text-align: left } .timeline .name:empty { display: none } }
 """
 
+# %% ../nbs/73_timeline.ipynb #7f89812f
 def checksum(
     text:str, # content of a script or style element
 )->str: # what a content security policy calls it
     "The name under which a policy allows a text"
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
+# %% ../nbs/73_timeline.ipynb #ad386d46
 def document(
     title:str, # of the window
     body:str, # html; everything in it is escaped already
@@ -150,6 +152,7 @@ timeline(box, video, data.duration, data.tracks, text => { status.textContent = 
 strip(canvas, data.src, data.duration);
 """
 
+# %% ../nbs/73_timeline.ipynb #4069d26b
 def track_list(
     tracks:dict, # name -> [(start, end), ...] or [(start, end, label), ...], seconds
 )->list: # dicts: name, color, spans
@@ -162,6 +165,7 @@ def track_list(
         out.append(dict(name=str(name), color=COLORS.get(name, COLORS["proposed"]), spans=rows))
     return out
 
+# %% ../nbs/73_timeline.ipynb #e7bf04ed
 def timeline_page(
     title:str, # as a rule the query
     video, # file of the video

@@ -291,6 +291,7 @@ def vision_tokens(policy, frames):
     grid = torch.tensor([[B*D//2, 4, 4]], device=frames.device)   # the tower attends within a pair of frames: one long video will do
     return visual(px.to(visual.patch_embed.proj.weight.dtype), grid_thw=grid).pooler_output.view(B, D*2, -1)
 
+# %% ../nbs/32_tiny.ipynb #f36aa56b
 def packed_logits(policy, visual, ids, segment, offset, keep, dropped=None):
     "Logits [B,len(keep),V] of packed questions at the places `keep` (indices into S)"
     core, (B, n) = policy.model.model, visual.shape[:2]
@@ -369,6 +370,7 @@ def _perceive(policy, head, opt, cfg, device, log):
         opt.step(loss, cfg.lr*min(1., (i+1)/50))
         if i % 100 == 0 or i == cfg.perception_steps-1: log(dict(stage="perception", step=i, aux=loss.item()))
 
+# %% ../nbs/32_tiny.ipynb #7b59f9c1
 def answer_loss(logits, labels, segment):
     "Mean over answered questions of the mean over the answer's tokens: a yes counts as much as a span of 13 tokens"
     nats = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none").view_as(labels)
@@ -376,6 +378,7 @@ def answer_loss(logits, labels, segment):
     count = (labels >= 0).float() @ owner
     return ((nats @ owner)/count.clamp(min=1)).sum()/(count > 0).sum()
 
+# %% ../nbs/32_tiny.ipynb #9272c645
 def _question_loss(policy, head, batch, device, gen, aux_weight):
     "Language loss of one batch plus a little perception"
     scenes = to_device(batch["scenes"], device)
@@ -395,6 +398,7 @@ def _question_loss(policy, head, batch, device, gen, aux_weight):
 # %% ../nbs/32_tiny.ipynb #da73a791
 def as_is(batch): return batch
 
+# %% ../nbs/32_tiny.ipynb #13204f1a
 def train_base(
     cfg:BaseConfig,
     device:str="cuda",

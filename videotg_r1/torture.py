@@ -130,6 +130,7 @@ def not_left(
         with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
         raise
 
+# %% ../nbs/83_torture.ipynb #a38dec71
 @dataclass
 class Victim:
     "A run that can be started, struck and looked at"
@@ -173,6 +174,7 @@ def attempts(
     "How often a job was tried"
     return (read_json(Path(run_dir)/"run.json") or {}).get("attempts", [])
 
+# %% ../nbs/83_torture.ipynb #51a2f704
 def children(
     pid:int, # of a process
 )->list: # process numbers of all that descend from it, its own children first
@@ -185,6 +187,7 @@ def children(
     for o in out: out += parents.get(o, [])
     return out
 
+# %% ../nbs/83_torture.ipynb #e1a3748f
 def targets(
     pid:int, # of `vtg run`
     kind:str, # of a Point
@@ -258,6 +261,7 @@ def steady(
     if isinstance(obj, list): return [steady(o, root) for o in obj]
     return obj.replace(str(root), "RUN") if root and isinstance(obj, str) else obj
 
+# %% ../nbs/83_torture.ipynb #5ef6ac7c
 def rows_of(
     path, # jsonl
     root, # folder of the run
@@ -314,6 +318,7 @@ def still(
 
 STILL = {"attempts": [dict(started=0, status="ok", wall_s=0)], "command": "", "_crc": None}
 
+# %% ../nbs/83_torture.ipynb #9c2c443c
 def still_copy(
     run_dir, # folder of a run
     root, # that holds it
@@ -337,6 +342,7 @@ def cells_of(
     return [("".join(c["source"]), c["metadata"].get("papermill", {}).get("status")) for c in cells
             if c["cell_type"] == "code" and "injected-parameters" not in c["metadata"].get("tags", [])]
 
+# %% ../nbs/83_torture.ipynb #a954d3e2
 def report_differences(
     config:dict, # the params file
     whole, # folder with runs/ and reports/ of the run in peace

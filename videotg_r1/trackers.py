@@ -43,6 +43,7 @@ class Tracker:
         "End the tracker's run"
         if self.end: self.end(self.run)
 
+# %% ../nbs/48_trackers.ipynb #6a970ffb
 def _scalars(run, numbers, step):
     for k,v in numbers.items(): run.add_scalar(k, v, step)
 

@@ -6,12 +6,13 @@
 __all__ = ['TRL_VERSION', 'SEAL', 'NO_CHOICE', 'LORA_LAYERS', 'MOST_BAD', 'RECORDED', 'check_trl', 'quiet', 'prompt_order',
            'seal', 'sealed', 'damage', 'plain_disk_errors', 'world_size', 'is_first', 'weights_digest',
            'samples_digest', 'claim', 'run_meta', 'History', 'read_sample', 'Pool', 'checkpoints', 'remove',
-           'last_checkpoint', 'prune', 'load_weights', 'sharded', 'cut_up', 'check_launch', 'learner', 'bring_home',
-           'keep_precision', 'lora_config', 'set_trainable', 'common_args', 'training_dtype', 'check_context',
-           'usable_rewards', 'RunTrainer', 'Interrupted', 'stop_signals', 'out_of_memory', 'borrowed', 'train_run',
-           'summary']
+           'last_checkpoint', 'prune', 'load_weights', 'fsdp', 'zero_stage', 'sharded', 'cut_up', 'check_launch',
+           'learner', 'gathered', 'bring_home', 'keep_precision', 'lora_config', 'set_trainable', 'common_args',
+           'training_dtype', 'check_context', 'usable_rewards', 'RunTrainer', 'Interrupted', 'stop_signals',
+           'zero_rows', 'link_states', 'with_empty', 'in_one_piece', 'share', 'put', 'take_apart', 'own_checkpoints',
+           'out_of_memory', 'borrowed', 'train_run', 'summary']
 
-# %% ../nbs/49_training.ipynb #db19677a
+# %% ../nbs/49_training.ipynb #970ae51c
 import contextlib
 import copy
 import errno
@@ -35,7 +36,7 @@ from fastcore.basics import patch
 from .batches import task_prompt
 from .compute import Counts
 from .config import to_params
-from .ledger import Ledger, accepted, differences, fingerprint, locked, read_ledger, seal_line, sealed_rows, write_atomic
+from .ledger import Ledger, accepted, differences, fingerprint, locked, seal_line, sealed_rows, write_atomic
 from .policy import unwrap
 from .progress import bar
 from .records import Sample, to_json
@@ -242,7 +243,7 @@ def read_sample(
     try: return read_clip(s.video, spec, cache=cache)
     except VideoError as e: raise VideoError(e.path, f"qid {s.qid}: {e.reason}", e.advice) from e
 
-# %% ../nbs/49_training.ipynb #01b826fd
+# %% ../nbs/49_training.ipynb #1e925a95
 class Pool:
     "The samples of a run and their clips; where a video cannot be read, the turn goes to the next sample"
     def __init__(self,
@@ -254,7 +255,7 @@ class Pool:
     ):
         self.samples, self.spec, self.cache, self.max_broken_share = list(samples), spec, cache, max_broken_share
         self.at, self.path = {s.qid: i for i, s in enumerate(self.samples)}, out_dir and Path(out_dir)/"set_aside.jsonl"
-        self.aside = {r["qid"]: r for r in read_ledger(self.path)[1]} if self.path and self.path.is_file() else {} # qid -> row
+        self.aside = {r["qid"]: r for _, r in sealed_rows(self.path)[0][1:]} if self.path and self.path.is_file() else {} # qid -> row
         self.check()
     def check(self):
         "Refuse to go on without too many of the samples"
@@ -351,39 +352,61 @@ def load_weights(
     fresh = type(base).from_pretrained(folder, dtype=widest, use_safetensors=True)
     base.load_state_dict(fresh.state_dict(), strict=True)
 
-# %% ../nbs/49_training.ipynb #2d9264f1
+# %% ../nbs/49_training.ipynb #897b9556
+def fsdp()->bool: # as the launcher set it
+    "Whether FSDP learns"
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+def zero_stage(
+    env=None, # name -> value, as the launcher set it; None: of this process
+)->int: # 2: gradients and optimizer states are cut up, 3: weights as well, 0: DeepSpeed is not used
+    "How DeepSpeed learns"
+    env = os.environ if env is None else env
+    return int(env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", 2)) if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true" else 0
+
 def sharded()->bool: # as the launcher set it
     "Whether weights are cut up over the processes"
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return fsdp() or zero_stage() == 3
 
 def cut_up()->bool: # as the launcher set it
     "Whether learning needs all processes at every layer"
-    return sharded() or os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    return fsdp() or zero_stage() > 0
 
 def check_launch(
-    cfg, # settings with save_steps
     env=None, # name -> value, as the launcher set it; None: of this process
 )->None: # raises ValueError
-    "Refuse ways of launching that are not right here"
-    env = os.environ if env is None else env
-    if env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() != "true": return
-    if env.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3": raise ValueError(
-        "training: DeepSpeed's ZeRO-3 cuts up weights, which the sampler here knows of FSDP2 only: launch with params/accelerate/fsdp2.yaml")
-    if cfg.save_steps: raise ValueError(f"training: a run under DeepSpeed cannot go on from a checkpoint here, got save_steps={cfg.save_steps}: set it to 0, "
-                                        "or launch with params/accelerate/fsdp2.yaml")
+    "Refuse ways of launching that were never tried"
+    env, stage = os.environ if env is None else env, zero_stage(env)
+    if not stage: return
+    away = [v for k in ("OPTIMIZER", "PARAM") if (v := env.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{k}_DEVICE", "none")) != "none"]
+    for wrong, what in ((stage not in (2, 3), f"zero_stage {stage}"), (away, f"offloading to {away}"),
+                        (file := env.get("ACCELERATE_DEEPSPEED_CONFIG_FILE"), f"a DeepSpeed config file ({file})")):
+        if wrong: raise ValueError(f"training: {what} was never tried here: launch with params/accelerate/zero2.yaml or zero3.yaml, "
+                                   "which hold all that is needed")
 
+# %% ../nbs/49_training.ipynb #2c1b31b8
 def learner(
     policy, # policy.Policy
     cfg, # settings with lora_r
 ): # transformers model to train: the policy's own, or a copy that will be cut up
     "What the optimizer works on"
-    check_launch(cfg)
+    check_launch()
     if not sharded(): return unwrap(policy.model)
     model = copy.deepcopy(unwrap(policy.model))
     if cfg.lora_r:
         from peft import get_peft_model
         policy.model = get_peft_model(unwrap(policy.model), lora_config(cfg)) # what is learnt comes home into adapters of its own
     return model
+
+@contextlib.contextmanager
+def gathered(
+    p, # parameter or buffer
+) -> Iterator: # a context with the whole of it
+    "What may be cut up, in one piece; all processes together"
+    if hasattr(p, "ds_id"):
+        import deepspeed
+        with deepspeed.zero.GatheredParameters([p]): yield p
+    else: yield p.full_tensor() if hasattr(p, "full_tensor") else p
 
 def bring_home(
     model, # transformers model that is trained, cut up or not
@@ -396,15 +419,18 @@ def bring_home(
     with torch.no_grad():
         for name, p in unwrap(model).named_parameters():
             if not p.requires_grad: continue
-            whole = p.full_tensor() if hasattr(p, "full_tensor") else p
-            own[name].copy_(whole); n += whole.numel()
+            with gathered(p) as whole: own[name].copy_(whole); n += whole.numel()
     return n
 
-# %% ../nbs/49_training.ipynb #f4be0813
+# %% ../nbs/49_training.ipynb #ff819d85
 def keep_precision(
     accelerator, # accelerate.Accelerator, before it prepares a model
 ): # whether there was something to change
     "Let cut-up models return 32-bit results and add up 32-bit gradients"
+    if (zero := getattr(accelerator.state, "deepspeed_plugin", None)) is not None:
+        if not zero.deepspeed_config["bf16"]["enabled"]: return False
+        zero.deepspeed_config |= dict(communication_data_type="fp32", data_types=dict(grad_accum_dtype="fp32"))
+        return True
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is None or accelerator.mixed_precision == "no": return False
     import torch
@@ -494,7 +520,7 @@ def usable_rewards(
         "repair the function, or state its range as fn.range")
     return out, len(refused)/len(values)
 
-# %% ../nbs/49_training.ipynb #a1264026
+# %% ../nbs/49_training.ipynb #4cf1c44b
 class RunTrainer:
     "History, checkpoints and silence for a transformers Trainer; mix in before it"
     history:History|None = None
@@ -517,6 +543,9 @@ class RunTrainer:
         self.history, self.keep_checkpoints, self.show = history, keep_checkpoints, show
         keep_precision(self.accelerator)
         if not cut_up(): self.start_alike()
+        if zero_stage():
+            from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+            unset_hf_deepspeed_config() # else whatever is loaded from here on would be cut up, a sampler too
         rows = history.rows()
         self.elapsed_s, self._since = (rows[-1].get("elapsed_s", 0.) if rows else 0.), time.perf_counter()
         from transformers import PrinterCallback
@@ -538,7 +567,7 @@ class RunTrainer:
     def _send_telemetry(self): pass
     def floating_point_ops(self, inputs): return 0
 
-# %% ../nbs/49_training.ipynb #8319f32b
+# %% ../nbs/49_training.ipynb #26b434fa
 MOST_BAD = 3 # updates left out in a row that end a run
 
 @patch
@@ -546,10 +575,12 @@ def _get_grad_norm(self:RunTrainer, model, grad_norm=None):
     "The norm; an update that is not finite is left out"
     import torch
     norm = super(RunTrainer, self)._get_grad_norm(model, grad_norm)
+    if zero_stage() and self.deepspeed.optimizer.overflow:
+        norm, self.deepspeed.optimizer.overflow = math.nan, False # the schedule goes on, as everywhere
     if math.isfinite(float(norm)):
         self.bad_in_row = 0
         return norm
-    model.zero_grad(set_to_none=True)
+    self.model.zero_grad(set_to_none=True)
     self._tr_loss = torch.zeros_like(self._tr_loss)
     self.bad_in_row += 1; self.bad_since_log += 1
     self.count(skipped_updates=int(is_first()))
@@ -626,7 +657,7 @@ def _maybe_log_save_evaluate(self:RunTrainer, *args, **kwargs):
     if self.can_save() and self.asked_to_stop(): self.control.should_save = self.control.should_training_stop = True
     super(RunTrainer, self)._maybe_log_save_evaluate(*args, **kwargs)
 
-# %% ../nbs/49_training.ipynb #187bac2e
+# %% ../nbs/49_training.ipynb #9a2d10e3
 @patch
 def _save_checkpoint(self:RunTrainer, model, trial):
     "Write, seal, then prune"
@@ -636,7 +667,7 @@ def _save_checkpoint(self:RunTrainer, model, trial):
     if not is_first(): return
     folder = Path(self.args.output_dir)/f"checkpoint-{self.state.global_step}"
     for name in ("training_args.bin", "pytorch_model_fsdp.bin"): (folder/name).unlink(missing_ok=True) # the weights are in safetensors
-    seal(folder, dict(step=self.state.global_step, sharded=sharded(), totals=totals, bad_in_row=self.bad_in_row, at_once=self.at_once, more=self.more_state()))
+    seal(folder, dict(step=self.state.global_step, sharded=fsdp(), totals=totals, bad_in_row=self.bad_in_row, at_once=self.at_once, more=self.more_state()))
     prune(self.args.output_dir, self.keep_checkpoints)
 
 @patch
@@ -644,10 +675,10 @@ def _load_from_checkpoint(self:RunTrainer, resume_from_checkpoint, model=None):
     "Weights strictly, and what the seal remembers"
     info = sealed(resume_from_checkpoint)
     if info is None: raise ValueError(f"training: {resume_from_checkpoint} is not a complete checkpoint")
-    if info.get("sharded", False) != sharded(): raise ValueError(
-        f"training: {resume_from_checkpoint} was written {'with' if info.get('sharded') else 'without'} sharding, and its optimizer is stored "
+    if info.get("sharded", False) != fsdp(): raise ValueError(
+        f"training: {resume_from_checkpoint} was written {'with' if info.get('sharded') else 'without'} FSDP, and its optimizer is stored "
         "accordingly: launch with a config of the same kind (any number of processes), or take another out_dir")
-    if not sharded(): load_weights(self.model if model is None else model, resume_from_checkpoint) # else `train_run` did, before they were cut up
+    if not cut_up(): load_weights(self.model if model is None else model, resume_from_checkpoint) # else `load_whole` did, before they were cut up
     if is_first(): self.totals.update(info["totals"])
     self.bad_in_row, self.at_once = info["bad_in_row"], info.get("at_once", 0)
     self.load_more_state(info["more"])
@@ -656,6 +687,158 @@ def _load_from_checkpoint(self:RunTrainer, resume_from_checkpoint, model=None):
 def more_state(self:RunTrainer): return {}
 @patch
 def load_more_state(self:RunTrainer, state): pass
+
+# %% ../nbs/49_training.ipynb #e389f31e
+def zero_rows(
+    zero, # DeepSpeed's optimizer
+): # list of its flat 32-bit rows, of which each process has a share
+    "What the optimizer inside DeepSpeed's moves"
+    return zero.fp32_partitioned_groups_flat if zero_stage() == 3 else zero.single_partition_of_fp32_groups
+
+def link_states(
+    zero, # DeepSpeed's optimizer; the one inside has states
+): # None
+    "Let DeepSpeed find the states of every parameter; ZeRO-2 looks for them when the first of several groups has some, and never again"
+    if zero_stage() == 3: return
+    zero._hp_optimizer_states_linked = False
+    zero._lazy_init_hp_params_optimizer_state()
+
+def with_empty(
+    values, # one for each group that has parameters
+    groups, # dicts with params, of the optimizer as it was made
+): # list of one for each group
+    "DeepSpeed forgets groups without parameters, such as that of biases where adapters alone are trained; a plain run does not"
+    rest = iter(values)
+    return [next(rest) if g["params"] else values[0] for g in groups]
+
+# %% ../nbs/49_training.ipynb #60a9cb02
+def in_one_piece(
+    zero, # DeepSpeed's optimizer
+    groups, # dicts with params, of the optimizer inside as it was made
+): # state dict of that optimizer, as without DeepSpeed; in other processes than the first without states
+    "Put an optimizer's states together; all processes together"
+    from deepspeed.utils import safe_get_full_optimizer_state as whole
+    link_states(zero)
+    first, state, out = next((o for r in zero_rows(zero) if (o := zero.optimizer.state.get(r))), {}), {}, []
+    by_weight = [k for k, v in first.items() if getattr(v, "ndim", 0)]
+    for i, p in enumerate(p for g in groups for p in g["params"]):
+        found = {k: whole(p, k).cpu() for k in by_weight}
+        if is_first(): state[i] = copy.deepcopy({k: v for k, v in first.items() if k not in found}) | found # each counts its own steps
+    at = iter(range(sum(len(g["params"]) for g in groups)))
+    for g, now in zip(groups, with_empty(zero.optimizer.param_groups, groups), strict=True):
+        out.append(now | dict(params=[next(at) for _ in g["params"]]))
+    return dict(state=state, param_groups=out)
+
+# %% ../nbs/49_training.ipynb #7928abe5
+def share(
+    whole, # tensor
+    n:int, # elements of a share
+    rank:int, # whose
+): # [n] flat; behind the end are zeros
+    "What a process holds of a parameter under ZeRO-3"
+    import torch
+    flat = whole.flatten()[rank*n:(rank + 1)*n]
+    return torch.nn.functional.pad(flat, (0, n - len(flat)))
+
+def put(
+    p, # parameter under DeepSpeed
+    whole, # tensor of its shape
+    key:str|None=None, # of the optimizer's state; None: the 32-bit weights
+): # None
+    "Give each process its share"
+    if whole.shape != (shape := getattr(p, "ds_shape", p.shape)):
+        raise ValueError(f"training: {key} of the optimizer has shape {list(whole.shape)} for a weight of shape {list(shape)}, so DeepSpeed "
+                         "cannot cut it up: go on without DeepSpeed, as the run began")
+    from deepspeed import utils
+    what, state = ("fp32_param", ()) if key is None else ("optimizer_state", (key,))
+    if not hasattr(p, "ds_tensor"): return getattr(utils, f"safe_set_full_{what}")(p, whole, *state)
+    getattr(utils, f"safe_set_local_{what}")(p, share(whole, p.ds_tensor.ds_numel, int(os.environ.get("RANK", 0))), *state)
+
+# %% ../nbs/49_training.ipynb #9d2334cf
+def take_apart(
+    zero, # DeepSpeed's optimizer
+    groups, # dicts with params, of the optimizer inside as it was made
+    saved:dict, # of `in_one_piece`, or what an optimizer wrote without DeepSpeed
+    exact:dict, # parameter -> its weights in 32 bits
+): # None
+    "Go on with an optimizer that was in one piece"
+    import torch
+    inner, first = zero.optimizer, next(iter(saved["state"].values()), {})
+    used = [g for g in saved["param_groups"] if g["params"]]
+    for g, old in zip(inner.param_groups, used, strict=True): g.update({k: v for k, v in old.items() if k != "params"})
+    on_gpu = inner.defaults.get("fused") or inner.defaults.get("capturable") # where such an optimizer counts its steps
+    def begun(v, row):
+        if getattr(v, "ndim", 0): return torch.zeros_like(row)
+        return v.to(row.device, copy=True) if on_gpu else copy.deepcopy(v)
+    for row in zero_rows(zero): inner.state[row] = {k: begun(v, row) for k, v in first.items()}
+    link_states(zero)
+    for i, p in enumerate(p for g in groups for p in g["params"]):
+        put(p, exact[p])
+        for k, v in saved["state"].get(i, {}).items():
+            if getattr(v, "ndim", 0): put(p, v, k)
+
+# %% ../nbs/49_training.ipynb #2dcfdcc7
+@patch
+def save_model(self:RunTrainer, output_dir=None, _internal_call=False):
+    "The Trainer's; DeepSpeed's weights in one piece, and exact"
+    if not zero_stage(): return super(RunTrainer, self).save_model(output_dir, _internal_call)
+    from deepspeed.utils import safe_get_full_fp32_param as exact
+    made, out = {}, {}                                       # a weight under two names is one
+    for name, p in self.model.state_dict(keep_vars=True).items():
+        if hasattr(self.model, "peft_config") and not p.requires_grad: continue # adapters alone are kept
+        if id(p) not in made:
+            with contextlib.nullcontext(exact(p)) if p.requires_grad else gathered(p) as whole:
+                made[id(p)] = whole.detach().to("cpu", copy=True) if is_first() else None
+        out[name] = made[id(p)]
+    if is_first(): self._save(output_dir, state_dict=out)
+
+@patch
+def create_optimizer(self:RunTrainer, *args, **kwargs):
+    "The Trainer's; what it is made for stays known when DeepSpeed puts its rows there"
+    made = super(RunTrainer, self).create_optimizer(*args, **kwargs)
+    if zero_stage(): self._groups = [dict(group) for group in made.param_groups]
+    return made
+
+@patch
+def _save_optimizer_and_scheduler(self:RunTrainer, output_dir):
+    "The Trainer's; from DeepSpeed, what one process would write"
+    if not zero_stage(): return super(RunTrainer, self)._save_optimizer_and_scheduler(output_dir)
+    import torch
+    states = in_one_piece(self.deepspeed.optimizer, self._groups)
+    rates = {k: with_empty(v, self._groups) if isinstance(v, list) else v for k, v in self.lr_scheduler.state_dict().items()}
+    for name, o in dict(optimizer=states, scheduler=rates).items():
+        if is_first(): torch.save(o, Path(output_dir)/f"{name}.pt")
+
+# %% ../nbs/49_training.ipynb #ade2e574
+@patch
+def load_whole(self:RunTrainer,
+    folder, # checkpoint
+): # None
+    "The weights of a checkpoint, before they are cut up"
+    load_weights(self.model, folder)
+    if zero_stage(): self._exact = {p: p.detach().to("cpu", copy=True) for p in self.model.parameters() if p.requires_grad}
+
+@patch
+def _load_optimizer_and_scheduler(self:RunTrainer, checkpoint):
+    "The Trainer's; for DeepSpeed, from what one process would have written"
+    if not zero_stage() or checkpoint is None: return super(RunTrainer, self)._load_optimizer_and_scheduler(checkpoint)
+    import torch
+    states, rates = (torch.load(Path(checkpoint)/f"{o}.pt", map_location="cpu", weights_only=True) for o in ("optimizer", "scheduler"))
+    take_apart(self.deepspeed.optimizer, self._groups, states, vars(self).pop("_exact"))
+    used = lambda values: [v for v, g in zip(values, self._groups, strict=True) if g["params"]]
+    self.lr_scheduler.load_state_dict({k: used(v) if isinstance(v, list) else v for k, v in rates.items()})
+
+# %% ../nbs/49_training.ipynb #1232252e
+@contextlib.contextmanager
+def own_checkpoints(
+    trainer, # with RunTrainer mixed in
+) -> Iterator[None]: # a context
+    "Let the Trainer go on from our checkpoints where it would ask DeepSpeed for its own"
+    import transformers.trainer as module
+    theirs = module.deepspeed_load_checkpoint
+    module.deepspeed_load_checkpoint = lambda engine, folder, **kwargs: trainer._load_from_checkpoint(folder)
+    try: yield
+    finally: module.deepspeed_load_checkpoint = theirs
 
 # %% ../nbs/49_training.ipynb #f1001fe3
 RECORDED = ("_totals", "_metrics", "_total_train_tokens") # what a pass over a part leaves in a trainer
@@ -803,7 +986,46 @@ def borrowed(
             with quiet(): model.gradient_checkpointing_disable()
         model.zero_grad(set_to_none=True); model.eval()
 
-# %% ../nbs/49_training.ipynb #c58b6429
+# %% ../nbs/49_training.ipynb #0ee613ee
+def _finished(policy, out_dir, keep):
+    "The summary of a run that is complete, its weights in the policy; None where there is work"
+    if (done := sealed(out_dir/"final")) is None: return None
+    if bad := damage(out_dir/"final"):
+        warnings.warn(f"training: {out_dir/'final'/bad} is not what was written there: training again", RuntimeWarning, stacklevel=4)
+        return None
+    if is_first(): prune(out_dir, keep)             # the last attempt may have ended before it came to that
+    with quiet(): load_weights(policy.model, out_dir/"final")
+    return done
+
+def _go_on(out_dir, history):
+    "(step, checkpoint or None, damaged files) to go on from"
+    (step, folder), damaged = last_checkpoint(out_dir)
+    if is_first():
+        history.cut(step)
+        for p in out_dir.glob(".*.tmp"): p.unlink(missing_ok=True) # half-written by a killed attempt
+    return step, folder, damaged
+
+# %% ../nbs/49_training.ipynb #517e0ef7
+def _train(trainer, policy, cfg, out_dir, folder):
+    "Train from a checkpoint to the end"
+    try:
+        with out_of_memory(cfg, out_dir), own_checkpoints(trainer): trainer.train(resume_from_checkpoint=str(folder) if folder else None)
+    finally: trainer.bar.close(); trainer.tracker.close()
+    if (at := trainer.state.global_step) < cfg.steps:
+        raise Interrupted(f"training: stopped by SIGTERM after step {at} of {cfg.steps}; {out_dir} goes on from there")
+    bring_home(trainer.model, policy)
+    whole = policy if sharded() else trainer
+    if hasattr(whole.model, "merge_and_unload"): whole.model = whole.model.merge_and_unload()
+
+def _finish(out_dir, save, out, keep):
+    "Save the trained policy so that a kill leaves all of it or none"
+    part, final = out_dir/"final.part", out_dir/"final"
+    for p in (part, final): shutil.rmtree(p, ignore_errors=True)
+    with plain_disk_errors(out_dir): save(part)
+    seal(part, out); os.replace(part, final)
+    prune(out_dir, keep)
+
+# %% ../nbs/49_training.ipynb #352d64cd
 def train_run(
     policy, # policy.Policy; its weights are changed in place
     cfg, # settings with steps, keep_checkpoints
@@ -816,36 +1038,23 @@ def train_run(
     accept=(), # dotted names in `meta` that may differ from what the run began with
 ): # dict: kind, steps, seconds, tokens, compute, last (row), history, final, resumed_from, damaged, set_aside (qids), n, fingerprint
     "Train, or go on, or return what is finished"
-    out_dir = Path(out_dir)
+    out_dir, keep = Path(out_dir), cfg.keep_checkpoints if cfg.keep_checkpoints > 2 else 0 # of checkpoints, once final is there
+    history = History(out_dir/"history.jsonl")
+    paths = dict(history=str(history.path), final=str(out_dir/"final"))
     with locked(out_dir) if is_first() else contextlib.nullcontext():
-        fp, final, history = claim(out_dir, meta, accept), out_dir/"final", History(out_dir/"history.jsonl")
-        paths = dict(history=str(history.path), final=str(final))
-        if (done := sealed(final)) is not None and not (bad := damage(final)):
-            if is_first(): prune(out_dir, cfg.keep_checkpoints if cfg.keep_checkpoints > 2 else 0) # the last attempt may have ended before it came to that
-            with quiet(): load_weights(policy.model, final)
-            return {**done, **paths}
-        if done is not None: warnings.warn(f"training: {final/bad} is not what was written there: training again", RuntimeWarning, stacklevel=2)
-        (step, folder), damaged = last_checkpoint(out_dir)
-        if is_first():
-            history.cut(step)
-            for p in out_dir.glob(".*.tmp"): p.unlink(missing_ok=True) # half-written by a killed attempt
+        fp = claim(out_dir, meta, accept)
+        if done := _finished(policy, out_dir, keep): return {**done, **paths}
+        step, folder, damaged = _go_on(out_dir, history)
         with quiet(), borrowed(policy.model), stop_signals() as stop:
             trainer = build()
-            if folder and sharded(): load_weights(trainer.model, folder) # before it is cut up
             trainer.begin(history, cfg.keep_checkpoints, progress, show)
+            if folder and cut_up(): trainer.load_whole(folder)
             trainer.stop, trainer.tracker = stop, open_tracker(cfg.report_to if is_first() else "none", out_dir, meta["settings"])
-            try:
-                with out_of_memory(cfg, out_dir): trainer.train(resume_from_checkpoint=str(folder) if folder else None)
-            finally: trainer.bar.close(); trainer.tracker.close()
-            if (at := trainer.state.global_step) < cfg.steps:
-                raise Interrupted(f"training: stopped by SIGTERM after step {at} of {cfg.steps}; {out_dir} goes on from there")
-            bring_home(trainer.model, policy)
-            whole = policy if sharded() else trainer
-            if hasattr(whole.model, "merge_and_unload"): whole.model = whole.model.merge_and_unload()
+            _train(trainer, policy, cfg, out_dir, folder)
         out = dict(summary(trainer.counted(), history.rows()), kind=meta["kind"], steps=cfg.steps, resumed_from=step,
                    damaged=damaged, set_aside=sorted(trainer.pool.aside), n=meta["n"], fingerprint=fp)
         with quiet():
-            if is_first(): _finish(out_dir, final, save, out, cfg.keep_checkpoints)
+            if is_first(): _finish(out_dir, save, out, keep)
         trainer.accelerator.wait_for_everyone()
     return {**out, **paths}
 
@@ -859,12 +1068,3 @@ def summary(
     cost = Counts(**{k: v for k, v in totals.items() if k in names}, seconds=seconds)
     return dict(seconds=seconds, tokens=int(sum(totals.get(k, 0) for k in ("prompt_tokens", "generated_tokens", "target_tokens"))),
                 compute=cost.to_dict(), last=rows[-1] if rows else {})
-
-# %% ../nbs/49_training.ipynb #fc348b15
-def _finish(out_dir, final, save, out, keep):
-    "Save the trained policy so that a kill leaves all of it or none"
-    part = out_dir/"final.part"
-    for p in (part, final): shutil.rmtree(p, ignore_errors=True)
-    with plain_disk_errors(out_dir): save(part)
-    seal(part, out); os.replace(part, final)
-    prune(out_dir, keep if keep > 2 else 0)

@@ -31,6 +31,7 @@ def within(
     inside = re.fullmatch(rf"(?:.*/)?((?:{'|'.join(map(re.escape, jobs))})(?:/.*)?)", value) if isinstance(value, str) else None
     return f"(run)/{inside[1]}" if inside else value
 
+# %% ../nbs/72_two_runs.ipynb #e48b43d4
 def recorded(
     stage:dict, # as of `report.read_stage`
     jobs=(), # names of the stages of the run
@@ -61,6 +62,7 @@ def origin(
             **{k: all_of(r.get(k) for r in runs) for k in ("code", "python", "machine", "gpu")},
             "versions": {k: all_of((r.get("versions") or {}).get(k) for r in runs) for k in versions}}
 
+# %% ../nbs/72_two_runs.ipynb #45341cf8
 def changes(
     a:dict, # stages of the one run, as of `report.read_run`
     b:dict, # of the other
@@ -93,6 +95,7 @@ def sheets_of(
                                                   said=by_qid(read_ledger_or_rows(path)) if path.is_file() else {})
     return out
 
+# %% ../nbs/72_two_runs.ipynb #927c509c
 def shared(
     a:dict, # sheet of the one run
     b:dict, # of the other
@@ -112,6 +115,7 @@ def right(
     if score.get("gqa") is not None: return bool(score["gqa"])
     return bool(score["right"]) if score["iou"] is None else score["iou"] >= .5
 
+# %% ../nbs/72_two_runs.ipynb #5bfc8b6b
 def flips(
     a:dict, # sheet of the one run
     b:dict, # of the other
@@ -165,6 +169,7 @@ def needed(
     if not train: return out
     return out | {f"train-{key}", *agents_of(stages, train)} | ({"select"} if train["params"].get("pool", "all") != "all" else set())
 
+# %% ../nbs/72_two_runs.ipynb #01c9ad6e
 def reasons(
     stages:set, # of `needed`
     changed, # of `changes`
@@ -181,6 +186,7 @@ def reasons(
     return (f"{len(things)} things differ that this model depends on, and nothing here can tell them apart: {', '.join(things[:3])}{' ...' if len(things) > 3 else ''}. "
             "Change one at a time.")
 
+# %% ../nbs/72_two_runs.ipynb #d1c6db46
 def sheet_against(
     a:dict, # sheet of the one run
     b:dict, # of the other
@@ -237,12 +243,14 @@ def say_row(
     return (f"{r['qid']}: {one_line(r['query'], 60)!r}, true {times(r['truth'])} s; A {letter(0)}{times(r['answers'][0])}, B {letter(1)}{times(r['answers'][1])}"
             + (f"; tIoU {r['ious'][0]:.2f} against {r['ious'][1]:.2f} ({r['by']:+.2f})" if r["by"] is not None else ""))
 
+# %% ../nbs/72_two_runs.ipynb #ba1633ca
 def headline(
     found:dict, # of `explain`
 )->str: # title
     "The model to look at first: the last one that grounds, as a rule the one that the runs are about"
     return ([k for k in found["models"] if not k.endswith(", questions")] or list(found["models"]))[-1]
 
+# %% ../nbs/72_two_runs.ipynb #2c052921
 def explanation_lines(
     found:dict, # of `explain`
     first:int=5, # queries won and lost
@@ -284,6 +292,7 @@ def flip_table(
         for q in {r["qid"] for r in rows[:at_most]}: body = body.replace(f"<td>{esc(q)}</td>", f'<td><a href="samples.html#{esc(link(q))}">{esc(q)}</a></td>')
     return body
 
+# %% ../nbs/72_two_runs.ipynb #f292a0ea
 def link(
     qid:str, # of a sample
 )->str: # behind the # of an address
@@ -291,6 +300,7 @@ def link(
     from urllib.parse import quote
     return quote(qid, safe="")
 
+# %% ../nbs/72_two_runs.ipynb #80098ab5
 def model_part(
     title:str, # of the model
     m:dict, # of `explain`
@@ -317,6 +327,7 @@ def verdict_text(
     r = next((r for r in m["rows"] if r["metric"] == "mIoU"), None)
     return (f"{title}: mIoU {r['a']:.3f} in A, {r['b']:.3f} in B; {r['verdict']} ({r['diff']:+.3f} [{r['lo']:+.3f}, {r['hi']:+.3f}]). " if r else f"{title}: ") + m["why"]
 
+# %% ../nbs/72_two_runs.ipynb #01c913c4
 def explanation_page(
     found:dict, # of `explain`
     samples:bool=False, # whether samples.html of run A lies beside the page
@@ -341,6 +352,7 @@ def explanation_page(
     return (f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{CSP}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{esc(title)}</title><style>{STYLE}</style></head><body><h1>{esc(title)}</h1>{"".join(parts)}</body></html>\n')
 
+# %% ../nbs/72_two_runs.ipynb #059361fc
 def write_explanation(
     found:dict, # of `explain`
     a, # folder of run A

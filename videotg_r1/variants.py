@@ -33,7 +33,7 @@ def check_device(
     if int(device.partition(":")[2] or 0) >= n:
         raise ValueError(f"device {device!r}: torch {torch.__version__} sees {n} GPUs here: take device auto or cpu, or install a CUDA build of torch")
 
-# %% ../nbs/61_variants.ipynb #d7b777c7
+# %% ../nbs/61_variants.ipynb #88ae15a4
 def open_model(
     model:str, # tiny, a folder, a hub id, or random-<family>
     frames:dict, # FrameSpec fields that differ from the model's own
@@ -52,9 +52,10 @@ def open_cache(
     "The frame cache of a run"
     if not folder: return None
     from videotg_r1.video import FrameCache
-    path = repo_path(folder)
-    free = shutil.disk_usage(next(o for o in (path, *path.parents) if o.is_dir())).free
-    return FrameCache(path, max(20 << 30, free//2)) # a set that does not fit would be decoded anew by every stage
+    cache = FrameCache(repo_path(folder), 1 << 62)
+    held, free = cache.trim(), shutil.disk_usage(cache.folder).free # what it holds is not free any more: it must not shrink for that
+    cache.max_bytes = max((free + held)//2, 1) # a set that does not fit would be decoded anew by every stage
+    return cache
 
 # %% ../nbs/61_variants.ipynb #a3282545
 def ledger_meta(

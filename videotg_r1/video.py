@@ -6,7 +6,7 @@
 __all__ = ['MAX_MESSAGE', 'FORMAT', 'FrameSpec', 'Clip', 'child_env', 'WorkerLost', 'DecodeWorker', 'stop_workers', 'probe',
            'file_identity', 'FrameCache', 'quarantined', 'write_frames', 'read_clip', 'unreadable']
 
-# %% ../nbs/10_video.ipynb #69103b00
+# %% ../nbs/10_video.ipynb #358e1acf
 import atexit
 import contextlib
 import fcntl
@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import math
 import os
+import re
 import select
 import stat
 import struct
@@ -78,7 +79,7 @@ class Clip:
         return (f"Clip({t} frames {h}x{w}, {self.fps:.4g} fps, {self.duration_s:.2f} s, {self.decoder or 'made'}, "
                 f"{Path(self.path).name!r}{', ' + self.note if self.note else ''})")
 
-# %% ../nbs/10_video.ipynb #ca27bbf8
+# %% ../nbs/10_video.ipynb #c46ffdfe
 MAX_MESSAGE = 64 << 20 # bytes of json that the child may answer with
 _KEPT = ("PATH", "HOME", "LANG", "TMPDIR", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV", "VTG_STAGE")
 
@@ -87,6 +88,7 @@ def child_env()->dict: # name -> value
     kept = {k:v for k,v in os.environ.items() if k in _KEPT or k.startswith(("PYTHON", "LC_"))}
     return {**kept, "OMP_NUM_THREADS":"1", "OPENBLAS_NUM_THREADS":"1"}
 
+# %% ../nbs/10_video.ipynb #fa855fa7
 class WorkerLost(Exception):
     "The decoding child was killed or died; `str` says why"
 
@@ -94,13 +96,14 @@ class DecodeWorker:
     "A child process that decodes, replaced whenever it dies"
     def __init__(self,
         memory_bytes:int=3<<30, # memory that decoding may take
-        start_s:float=60., # seconds that starting a child may take
+        start_s:float=300., # seconds that starting a child may take
         most_answers:int=500 # then it is replaced
     ):
         self.memory_bytes,self.start_s,self.most_answers = memory_bytes,start_s,most_answers
         self.child,self.pid = None,None
         self.lock = threading.Lock()
 
+# %% ../nbs/10_video.ipynb #3b866c80
 @patch
 def _start(self:DecodeWorker):
     "A new child, ready to answer; its stderr goes to a file, where its last words can be found"
@@ -110,8 +113,13 @@ def _start(self:DecodeWorker):
     self.words,self.pid,self.answers = tempfile.TemporaryFile("a+b"),os.getpid(),0
     self.child = subprocess.Popen([sys.executable, "-P", "-c", code], bufsize=0, stdin=subprocess.PIPE,
         stdout=subprocess.PIPE, stderr=self.words, env=child_env(), cwd="/", start_new_session=True)
-    self._receive(time.monotonic() + self.start_s)
+    try: self._receive(time.monotonic() + self.start_s)
+    except TimeoutError: why = f"it was not ready after {self.start_s:g} s"
+    except EOFError: why = self._death()
+    else: return
+    raise ChildProcessError(f"DecodeWorker: no decoder starts here ({why}), so no video can be read: see vtg doctor")
 
+# %% ../nbs/10_video.ipynb #62bc3d5d
 @patch
 def close(self:DecodeWorker):
     "End the child"
@@ -133,6 +141,7 @@ def _read_until(fd, view, deadline):
         if not (n := os.readv(fd, [view])): raise EOFError
         view = view[n:]
 
+# %% ../nbs/10_video.ipynb #0fcf9e5e
 @patch
 def _receive(self:DecodeWorker, deadline):
     "(message, pixels) from the child"
@@ -149,6 +158,7 @@ def _receive(self:DecodeWorker, deadline):
     if pixels.size: _read_until(fd, memoryview(pixels).cast("B"), deadline)
     return message,pixels
 
+# %% ../nbs/10_video.ipynb #b93bf06c
 @patch
 def _death(self:DecodeWorker):
     "How the child ended and the last line it wrote"
@@ -217,16 +227,19 @@ def _given_up(path, why, timeout_s, memory_bytes):
     return VideoError(path, why, f"leave its samples out, or allow more than {limits}")
 
 def probe(
-    path, # video file
+    path, # video file, or an .npz of frames
     timeout_s:float=30., # seconds to answer in
     memory_bytes:int=3<<30, # memory that it may take
 )->VideoInfo: # measured duration, average rate, size as shown, rotation, codec
-    "What a video file holds, without decoding more than one picture"
+    "What a video file holds, without decoding more than one picture; stored frames need no decoder"
+    if str(path).endswith(".npz"):
+        frames,_,end = _stored(path)
+        return VideoInfo(end, len(frames)/end, len(frames), frames.shape[2], frames.shape[1], 0, "npz")
     try: return VideoInfo(**_request(path, {"do":"scan"}, timeout_s, memory_bytes)[0]["info"])
     except WorkerLost as e: raise _given_up(path, e, timeout_s, memory_bytes) from None
 
-# %% ../nbs/10_video.ipynb #5a74e814
-FORMAT = 1 # of cache entries, and of what decode.py makes of a file: raise it when either changes
+# %% ../nbs/10_video.ipynb #9ca67a96
+FORMAT = 2 # of cache entries, and of what decode.py makes of a file: raise it when either changes
 
 def file_identity(
     path, # video file
@@ -252,7 +265,7 @@ def _version(name):
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None
 
-# %% ../nbs/10_video.ipynb #553cb1b9
+# %% ../nbs/10_video.ipynb #1da30558
 class FrameCache:
     "Decoded frames on disk, least recently used out first"
     def __init__(self,
@@ -260,7 +273,7 @@ class FrameCache:
         max_bytes:int=20<<30 # bound on their total size
     ):
         if max_bytes <= 0: raise ValueError(f"FrameCache.max_bytes must be above 0, got {max_bytes}")
-        self.folder,self.max_bytes,self.hits,self.misses,self.broken,self._bytes = Path(folder),max_bytes,0,0,0,None
+        self.folder,self.max_bytes,self.hits,self.misses,self.broken,self._fresh = Path(folder),max_bytes,0,0,0,math.inf
         self._refused,self._seen = {},0
         try: self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as e:
@@ -282,6 +295,7 @@ def _load(file, path):
         about = json.loads(bytes(z["about"]).decode())
         return Clip(z["frames"], z["frame_ts"], path=str(path), **about)
 
+# %% ../nbs/10_video.ipynb #17141fe8
 @patch
 def get(self:FrameCache,
     entry, # from `entry`
@@ -298,7 +312,7 @@ def get(self:FrameCache,
     self.hits += 1
     return clip
 
-# %% ../nbs/10_video.ipynb #a5061c94
+# %% ../nbs/10_video.ipynb #131713b6
 @patch
 def put(self:FrameCache,
     entry, # from `entry`
@@ -316,10 +330,10 @@ def put(self:FrameCache,
         with contextlib.suppress(OSError): tmp.unlink()
         warnings.warn(f"FrameCache: {self.folder} takes no more frames ({e.strerror}); going on without", stacklevel=3)
         return
-    self._bytes = None if self._bytes is None else self._bytes + size
-    if self._bytes is None or self._bytes > self.max_bytes: self._bytes = self.trim()
+    self._fresh += size                                     # by this process since it last looked
+    if self._fresh > self.max_bytes/100: self.trim(); self._fresh = 0
 
-# %% ../nbs/10_video.ipynb #ab4fc5bf
+# %% ../nbs/10_video.ipynb #5f4f06ed
 @patch
 def trim(self:FrameCache)->int: # bytes that are left
     "Remove the least recently used entries where the cache is over its bound, and leftovers of killed writers"
@@ -327,8 +341,8 @@ def trim(self:FrameCache)->int: # bytes that are left
     for o in os.scandir(self.folder):
         with contextlib.suppress(OSError):
             about = o.stat()
-            if o.name.endswith(".npz"): entries.append((about.st_mtime_ns, about.st_size, o.path))
-            elif o.name.endswith(".tmp") and now - about.st_mtime > 3600: os.unlink(o.path)
+            if re.fullmatch(r"[0-9a-f]{40}\.npz", o.name): entries.append((about.st_mtime_ns, about.st_size, o.path))
+            elif re.fullmatch(r"\.[0-9a-f]{40}\.\d+\.\d+\.tmp", o.name) and now - about.st_mtime > 3600: os.unlink(o.path)
     total = sum(size for _,size,_ in entries)
     if total <= self.max_bytes: return total
     for _,size,file in sorted(entries):
@@ -354,6 +368,7 @@ def quarantined(
     as_now = lambda r: [r["bytes"], r["sha256"]] == list((_identity_or_none(r["video"]) or (None,)*3)[::2])
     return [r for r in _set_aside(Path(folder)/"quarantine.jsonl").values() if as_now(r)]
 
+# %% ../nbs/10_video.ipynb #79aef5a1
 @patch
 def refused(self:FrameCache,
     key # from `quarantine_key`
@@ -371,6 +386,7 @@ def _identity_or_none(path):
     try: return file_identity(path)
     except VideoError: return None
 
+# %% ../nbs/10_video.ipynb #ae0f73cc
 @patch
 def set_aside(self:FrameCache,
     key, # from `quarantine_key`
@@ -392,6 +408,7 @@ def set_aside(self:FrameCache,
     except OSError as e:
         warnings.warn(f"FrameCache: {self.quarantine} takes no more lines ({e.strerror})", stacklevel=3)
 
+# %% ../nbs/10_video.ipynb #f497e7e2
 @patch
 def quarantine_key(self:FrameCache, path, spec):
     "What a verdict on a video depends on: its content and how it is read; for a missing file, its name"
@@ -412,6 +429,7 @@ def write_frames(
     with open(tmp, "wb") as f: np.savez(f, frames=frames, times=times, duration_s=duration_s or times[-1] + np.diff(times)[-1])
     tmp.replace(path)
 
+# %% ../nbs/10_video.ipynb #5e63a323
 def _stored(path):
     "(frames, times, duration) of an .npz, checked"
     try:
@@ -424,6 +442,7 @@ def _stored(path):
         f"needs frames [N,H,W,3] uint8 and as many increasing times, got {frames.shape} {frames.dtype} and {times.shape}", "write it anew")
     return frames,times,float(end) if end is not None and end > times[-1] else float(2*times[-1] - times[-2])
 
+# %% ../nbs/10_video.ipynb #41fd4534
 def _taken(path, spec):
     "A clip of stored frames"
     frames,times,duration_s = _stored(path)
@@ -451,6 +470,7 @@ def _read_either(path, spec, timeout_s, memory_bytes):
     try: return *ask("pyav", max(.1, began + timeout_s - time.monotonic())),note
     except WorkerLost as e: raise _given_up(path, f"{note}, then pyav: {e}", timeout_s, memory_bytes) from None
 
+# %% ../nbs/10_video.ipynb #a772a030
 def _decoded(path, spec, timeout_s, memory_bytes):
     "A clip from the decoding child, its parts checked against each other"
     message,pixels,note = _read_either(path, asdict(spec), timeout_s, memory_bytes)
@@ -462,6 +482,7 @@ def _decoded(path, spec, timeout_s, memory_bytes):
                          f"{about['duration_s']:.3f} s", "leave its samples out, and report this")
     return Clip(pixels, frame_ts, path=str(path), note="; ".join(o for o in (note, about["note"]) if o), **known)
 
+# %% ../nbs/10_video.ipynb #ca9fc843
 def read_clip(
     path, # video file, or an .npz of frames
     spec:FrameSpec, # which frames, what size, which decoder

@@ -6,8 +6,9 @@
 __all__ = ['LEDGERS', 'STALE_S', 'Progress', 'read', 'counted', 'stage_progress', 'run_progress', 'clock', 'progress_lines',
            'watch']
 
-# %% ../nbs/77_watch.ipynb #6858d8b4
+# %% ../nbs/77_watch.ipynb #543fe322
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ LEDGERS = {"reflect": ("reflections.jsonl", "train_samples"), "estimate": ("diff
            "evaluate": ("predictions.jsonl", "heldout_samples")}
 STALE_S = 60. # a status that is older was left by a process that is gone
 
+# %% ../nbs/77_watch.ipynb #6ab8c927
 @dataclass(frozen=True)
 class Progress:
     "How far one stage is"
@@ -38,6 +40,7 @@ def read(
     try: return json.loads(Path(path).read_text())
     except (OSError, ValueError): return {}
 
+# %% ../nbs/77_watch.ipynb #a8e13d76
 def counted(
     job:str, # stage, or stage-variant
     status:dict, # status.json
@@ -45,9 +48,10 @@ def counted(
 )->tuple: # (done, total, unit, seconds left or None)
     "What a running stage has done, in its own unit"
     if status.get("step") is not None: return status["step"], status.get("steps") or 0, "step", status.get("eta_s")
-    file, key = LEDGERS.get(job.split("-")[0], ("", ""))
-    done, total = max(status.get("rows", {}).get(file, 0) - 1, 0), sizes.get(key, 0)
-    pace = status.get("rows_per_s", {}).get(file, 0)
+    file, key = LEDGERS.get(re.split("[.-]", job)[0], ("", ""))
+    mine = [k for k in status.get("rows", {}) if re.sub(r"\.part-\d+\.jsonl$", ".jsonl", k) == file]
+    done, total = sum(max(status["rows"][k] - 1, 0) for k in mine), 0 if "." in job else sizes.get(key, 0)
+    pace = sum(status.get("rows_per_s", {}).get(k, 0) for k in mine)
     return done, total, "sample" if file else "", max(total - done, 0)/pace if pace and total else None
 
 # %% ../nbs/77_watch.ipynb #0c9993b6
@@ -71,7 +75,7 @@ def stage_progress(
     if age > STALE_S: return Progress(job, "lost", status.get("elapsed_s", 0), done, total, unit, None, f"status is {age:.0f} s old: its process is gone; `vtg run` goes on from there")
     return Progress(job, "running", status.get("elapsed_s", 0), done, total, unit, eta, note)
 
-# %% ../nbs/77_watch.ipynb #f69d0fb7
+# %% ../nbs/77_watch.ipynb #f4d8ed6e
 def run_progress(
     run_dir, # folder of a run
     now=None, # seconds since the epoch; the present by default
@@ -80,9 +84,10 @@ def run_progress(
     run_dir, now = Path(run_dir), now or time.time()
     sizes = read(run_dir/"prepare/metrics.json")
     started = lambda p: (read(p/"run.json").get("attempts") or [{}])[0].get("started", now)
-    folders = [p for p in run_dir.iterdir() if (p/"run.json").is_file() or (p/"status.json").is_file()]
+    folders = [p for p in run_dir.iterdir() if p.name[0] != "." and ((p/"run.json").is_file() or (p/"status.json").is_file())]
     return [stage_progress(p, sizes, now) for p in sorted(folders, key=lambda p: (started(p), p.name))]
 
+# %% ../nbs/77_watch.ipynb #21be5059
 def clock(
     seconds, # how long; None for unknown
 )->str: # h:mm:ss
