@@ -1,12 +1,13 @@
 "The engine against the plain path, for both families: shared prompts, features, masks, dropped frames, adapters"
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-from videotg_r1.engine import AT_ONCE, Prompts, answer_probability, prefill, prompt_plan, sample, token_logps
+from videotg_r1.engine import AT_ONCE, Prompts, answer_probability, go_on, prefill, prompt_plan, sample, token_logps
 from videotg_r1.policy import FAMILIES, FeatureCache, encode, load_policy, prepare, random_policy, see
 
 # Traps of DESIGN 5 that the engine could fall into, each with its test here:
@@ -99,6 +100,21 @@ def test_features_are_as_good_as_patches(policy):
     assert sample(policy, seen, G=2, max_new_tokens=8).texts == r.texts
     with torch.no_grad(): a, b = (token_logps(policy, o, r.ids, r.mask) for o in (es, seen))
     assert close(a, b, policy)
+
+
+def test_blocks_of_one_size_change_nothing(policy):
+    "Prompts read side by side with fillers that nobody sees: the same answers, scores and further questions"
+    es = prompts(policy)[:3]
+    want, size = sample(policy, es, G=2, max_new_tokens=8, seed=1), max(map(len, es)) + 5
+    with torch.no_grad():
+        read = prefill(policy, es, even=size)
+        assert read.layout.lengths == [n for e in es for n in (len(e), size - len(e))]
+        got = sample(policy, es, G=2, max_new_tokens=8, seed=1, prompts=read)
+        assert got.texts == want.texts and (got.logps - want.logps).abs().max() < 1e-4
+        a, b = (token_logps(policy, es, want.ids, want.mask, prompts=o) for o in (read, None))
+        assert close(a, b, policy)
+        other = [replace(encode(policy, clip(n, 2*policy.factor, n), "And now?"), frames=e.frames) for n, e in zip((8, 16, 4), es, strict=True)]
+        assert (go_on(policy, read, other).logits - prefill(policy, other).logits).abs().max() < 1e-4
 
 
 def test_the_queue_changes_nothing(policy, monkeypatch):

@@ -215,7 +215,7 @@ def make_work(
     if cfg.fuse and policy.compiles: compile_layers(policy)
     return Work(cfg, policy, *make_clips(cfg, policy, cfg.prompts))
 
-# %% ../nbs/79_bench.ipynb #54bf6ab4
+# %% ../nbs/79_bench.ipynb #99c87a31
 @dataclass(frozen=True)
 class Measured:
     "Time and memory of a piece of work"
@@ -230,7 +230,7 @@ def release(
 ):
     "Give back GPU memory that nothing needs"
     work.policy.model.zero_grad()
-    work.policy.__dict__.pop("_decoder", None)              # room for answers that the engine keeps for the next call
+    for kept in ("_decoder", "_writer"): work.policy.__dict__.pop(kept, None)   # room for answers, copies of weights: the engine keeps them for the next call
     if torch.cuda.is_available(): gc.collect(); torch.cuda.empty_cache()
 
 def told(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AT_ONCE', 'allowed_logits', 'token_logprobs', 'in_blocks', 'pick', 'nucleus', 'uniforms', 'Rollouts', 'inference',
            'Prompts', 'common_prefix', 'prompt_plan', 'even_size', 'prefill', 'not_numbers', 'seen', 'split_segments',
-           'go_on', 'Decoder', 'dots', 'rms', 'before', 'plus', 'cut_of', 'product', 'after', 'between', 'compiled',
+           'go_on', 'Decoder', 'dots', 'rms', 'before', 'cut_of', 'product', 'plus', 'after', 'between', 'compiled',
            'next_logits', 'draw', 'decoder_for', 'linears', 'writer_for', 'side_by_side', 'joined', 'token_bytes',
            'in_flight', 'sample', 'plain_logps', 'score_logits', 'score_rows', 'scoring', 'answer_plan', 'shared_logps',
            'token_logps', 'first_ids', 'answer_probability', 'generate_kwargs']
@@ -143,7 +143,7 @@ def common_prefix(
     same = (a.input_ids[:n] == b.input_ids[:n]) & (a.position_ids[:, :n] == b.position_ids[:, :n]).all(0)
     return n if same.all() else int(same.int().argmin())
 
-# %% ../nbs/31_engine.ipynb #30903883
+# %% ../nbs/31_engine.ipynb #d28f0c4a
 def prompt_plan(
     policy,   # Policy
     encodeds, # list of Encoded
@@ -163,6 +163,7 @@ def prompt_plan(
         i = j
     return segments, sees, chains, videos
 
+# %% ../nbs/31_engine.ipynb #c89964b9
 def even_size(
     lengths, # tokens of each prompt
     least=1 << 15, # tokens of all; with fewer there is too little to gain
@@ -313,7 +314,7 @@ def look_up(self:Decoder):
                        torch.arange(self.width, device=dev) < self.count[:n, None]], 1)
     self.hidden = torch.zeros(shown.shape, device=dev).masked_fill_(~shown, -1e30)[:, None, None, None]
 
-# %% ../nbs/31_engine.ipynb #1fe134d9
+# %% ../nbs/31_engine.ipynb #22c8ab0d
 def rms(
     norm, # transformers' norm
     x,    # [...,D]
@@ -334,19 +335,12 @@ def before(
     if joint is None: q, k, v = (f(h).view(len(h), -1, d) for f in (a.q_proj, a.k_proj, a.v_proj))
     else:
         y, heads = F.linear(h, *joint).view(len(h), -1, d), [w.out_features//d for w in (a.q_proj, a.k_proj, a.v_proj)]
-        if not hasattr(a, "q_norm"): return *turn(y[:, :-heads[2]]).split(heads[:2], 1), y[:, -heads[2]:]
+        if not hasattr(a, "q_norm"): return *turn(y[:, :-heads[2]]).split(heads[:2], 1), y[:, -heads[2]:]  # by one kernel
         q, k, v = y.split(heads, 1)
     if hasattr(a, "q_norm"): q, k = rms(a.q_norm, q), rms(a.k_norm, k)
     return turn(q), turn(k), v
 
-# %% ../nbs/31_engine.ipynb #49d6c292
-def plus(
-    x, # [N,D]
-    y, # [N,D]
-): # [N,D] of the type of x
-    "A sum in 32 bits, which PyTorch's compiler joins to the norm behind it; in 16 it would go into the matrix product, after a copy of `x`"
-    return (x.float() + y.float()).to(x.dtype)
-
+# %% ../nbs/31_engine.ipynb #49823c92
 def cut_of(
     rows,       # of a product
     weight,     # [out,in]
@@ -367,6 +361,14 @@ def product(
     if n == 1: return linear(x)
     a, b = (o.view(len(o), n, -1) for o in (x, linear.weight))
     return torch.bmm(a.transpose(0, 1), b.permute(1, 2, 0), out_dtype=torch.float32).sum(0)
+
+# %% ../nbs/31_engine.ipynb #baece4cf
+def plus(
+    x, # [N,D]
+    y, # [N,D]
+): # [N,D] of the type of x
+    "A sum in 32 bits, which PyTorch's compiler joins to the norm behind it; in 16 it would go into the matrix product, after a copy of `x`"
+    return (x.float() + y.float()).to(x.dtype)
 
 def after(
     layer, # transformers' decoder layer

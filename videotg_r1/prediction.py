@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['STAMP_TOKENS', 'PUBLISHED', 'TEXT_TOKENS', 'ANSWER_TOKENS', 'CARDS', 'RATES', 'ModelSize', 'size_of', 'published',
            'Load', 'load_of', 'Card', 'Rates', 'card_of', 'read_s', 'write_s', 'learn_s', 'Training', 'trained_of',
-           'training_gb', 'agent_gb', 'update_s', 'step_s', 'what_fits', 'asking_fits', 'agent_s', 'recipe', 'expected']
+           'training_gb', 'agent_gb', 'update_s', 'step_s', 'saving_s', 'what_fits', 'asking_fits', 'agent_s', 'recipe',
+           'expected']
 
-# %% ../nbs/35_prediction.ipynb #cf2a2531
+# %% ../nbs/35_prediction.ipynb #9815b28f
 from dataclasses import dataclass, replace
 
-from .compute import ModelShape, flops
+from .compute import ModelShape, flops, vision_flops
 from .decode import frame_size
 
-# %% ../nbs/35_prediction.ipynb #e0da30f1
+# %% ../nbs/35_prediction.ipynb #8c079354
 @dataclass(frozen=True)
 class ModelSize:
     "The sizes of a model that time and memory depend on"
@@ -34,6 +35,10 @@ class ModelSize:
     def kv_bytes(self): # bytes in bf16
         "Keys and values of one token"
         return 4*self.shape.layers*self.kv_width
+    @property
+    def joined_bytes(self): # bytes in bf16
+        "Projections that the engine holds a second time, as one matrix each: queries, keys and values; gate and up"
+        return 2*self.shape.layers*self.hidden*(self.shape.attn_width + 2*self.kv_width + 2*self.ff)
     def adapters(self, r): # parameters
         "Of LoRA with rank r on all linear layers of the language model"
         per = 2*self.hidden + 2*self.shape.attn_width + 2*(self.hidden + self.kv_width) + 3*(self.hidden + self.ff)
@@ -117,7 +122,7 @@ def load_of(
     pair = h*w//size.patch**2
     return Load(n, h, w, n//2*(pair//size.merge**2 + size.stamp) + TEXT_TOKENS, n//2*pair, pair)
 
-# %% ../nbs/35_prediction.ipynb #7fe930d1
+# %% ../nbs/35_prediction.ipynb #2ccca5f5
 @dataclass(frozen=True)
 class Card:
     "Ceilings of a GPU"
@@ -139,13 +144,14 @@ class Rates:
     step_s: float=1.5e-3 # of one token for all answers in flight, beside reading weights and keys: launches of small kernels
     answer_s: float=8e-6 # of one token of one answer in flight: its attention and its draw; both from 6.5 - 3.0 ms (3B, 32 x 8) and 10.6 - 6.6 (7B)
     least_s: float=.22 # of learning from one part, however small: that long the host takes to launch it (3B, one prompt after the other)
-    adapters_s: float=.47 # of every part, where adapters are trained: .81 s of learning in a step, .34 without (Qwen3-VL-8B, 1 x 8)
-    adapters_step_s: float=6e-3 # of one token, where adapters are trained: .89 s for a prompt and 64 tokens, .51 without (the same step)
+    adapters_least_s: float=.0225 # of learning from one part with adapters, for each layer: so long the host takes to launch it; .81 s (Qwen3-VL-8B, 1 x 8)
+    adapters_step_s: float=1.67e-4 # of one token, for each layer, where adapters are trained: .89 s for a prompt and 64 tokens, .51 without (the same step)
     update_bytes: float=100. # of memory moved for each trained parameter in a step
     bus: float=3.16e11 # bytes/s that GPUs of one machine add up gradients at: all-reduce of 1 GiB on two H200, bus bandwidth
     decode_s: float=2.07/60 # core seconds for each second of a 640x360 video
     cached_s: float=.002 # to load a clip from the frame cache
-    load_s: float=35. # to start a stage, load a model and get its first batch done: 24 to 35 s (3B), 52 s (8B)
+    load_s: float=27. # to start a stage, load a model and have its kernels, recordings and figures made: 21 to 32 s (3B, four stages of a whole run)
+    save_s: float=2.4 # of one GB that training saves: fetched from the GPU, written, read again for its seal; 18.2 s for 7.5 GB (3B, to memory)
     source: str="one H100 and two H200, random weights; with adapters fitted to a single step"
 
 RATES = Rates()
@@ -156,7 +162,7 @@ def card_of(
     "Ceilings of a card by its name"
     return next((c for k, c in CARDS.items() if k in name), CARDS["A100"])
 
-# %% ../nbs/35_prediction.ipynb #f5422e08
+# %% ../nbs/35_prediction.ipynb #ee02406a
 def read_s(
     size:ModelSize, # of the model
     load:Load, # of a video
@@ -178,7 +184,8 @@ def write_s(
 )->float: # seconds, for all of them together
     "Writing answers to prompts that have been read"
     weights = 2*(size.shape.text_params + size.shape.head_params)
-    return tokens*((weights + prompts*(load.tokens + G*tokens/2)*size.kv_bytes)/card.bytes + rates.step_s + prompts*G*rates.answer_s + adapters*rates.adapters_step_s)
+    launched = rates.step_s + adapters*size.shape.layers*rates.adapters_step_s
+    return tokens*((weights + prompts*(load.tokens + G*tokens/2)*size.kv_bytes)/card.bytes + launched + prompts*G*rates.answer_s)
 
 def learn_s(
     size:ModelSize, # of the model
@@ -194,9 +201,12 @@ def learn_s(
 )->float: # seconds
     "One part of a learning step"
     cost = flops(size.shape, load.tokens, [tokens]*G, load.patches, load.frame_patches, True, checkpointing, vision)
-    return max(prompts*cost/card.flops/rates.learn, rates.least_s) + rates.part_s + adapters*rates.adapters_s
+    tower, passes = vision_flops(size.shape, load.patches, load.frame_patches), 4 if checkpointing else 3
+    if adapters: cost -= (cost - tower)/passes # of the way back that half is spared which makes gradients of weights
+    least = size.shape.layers*rates.adapters_least_s if adapters else rates.least_s
+    return max(prompts*cost/card.flops/rates.learn, least) + rates.part_s
 
-# %% ../nbs/35_prediction.ipynb #84109532
+# %% ../nbs/35_prediction.ipynb #ed9c94d3
 @dataclass(frozen=True)
 class Training:
     "What the memory and the time of a training step depend on"
@@ -209,6 +219,7 @@ class Training:
     gradient_checkpointing: bool=False # activations are computed twice
     tokens: int=ANSWER_TOKENS # of an answer
     longest: int=64 # tokens at most, which memory has to hold
+    save_steps: int=50 # steps between checkpoints; 0: none
     beta: float=0. # above 0 a second, frozen model is held
     sharded: bool=False # weights cut up over the GPUs
     gpus: int=1 # that work together
@@ -224,7 +235,7 @@ def training_gb(
     size:ModelSize, # of the model
     load:Load, # of the longest video
     t:Training, # how
-)->dict: # GB a GPU: weights, optimizer, activations, kv, other
+)->dict: # GB a GPU: weights, optimizer, activations, kv, joined, other
     "Memory of a training step on each GPU"
     s, each = size.shape, max(t.prompts/t.gpus, 1)
     part = max(t.prompts/t.gpus/t.grad_accum, 1/t.G) # prompts whose answers are scored at once
@@ -236,23 +247,26 @@ def training_gb(
     acts = tokens*(4*size.hidden*s.layers + layer if t.gradient_checkpointing else layer*s.layers)
     if not (t.freeze_vision or t.lora_r): acts += max(part, 1)*load.patches*s.vision_width*(4*s.vision_layers + 40 if t.gradient_checkpointing else 40*s.vision_layers)
     kv = each*(load.tokens + t.G*t.longest)*size.kv_bytes if t.method == "grpo" else 0
+    joined = size.joined_bytes if t.method == "grpo" and not t.lora_r else 0 # adapters are left as they are
     table = size.total - s.text_params - s.vision_params - s.merger_params # words in and out: one piece, as each layer is, which is put together while it works
     whole = 8*(table + 2*s.text_params/s.layers) if t.sharded else 0 # it and the next one in 16 bits, gradients, and these in 32 bits to be added up
     return dict(weights=(held + whole)/1e9 + (2*size.total/1e9 if t.beta and not t.lora_r else 0), optimizer=12*trained/shards/1e9, activations=acts/1e9,
-                kv=kv/1e9, other=4.)
+                kv=kv/1e9, joined=joined/1e9, other=4.)
 
-# %% ../nbs/35_prediction.ipynb #640f6cc1
+# %% ../nbs/35_prediction.ipynb #a61e46bc
 def agent_gb(
     size:ModelSize, # of the model
     load:Load, # of the longest video
-    prompts:int=16, # in flight together
+    batch:int=16, # prompts at a time; whole videos may make it half as many more
     G:int=1, # answers to each
     longest:int=64, # tokens of an answer at most
-)->dict: # GB: weights, kv, activations, other
+    held:int=1, # readings of a batch that are held at once: reflection keeps one while it makes another
+)->dict: # GB: weights, kv, activations, joined, other
     "Memory of asking"
-    s, kv = size.shape, prompts*(load.tokens + G*longest)*size.kv_bytes
+    s, prompts = size.shape, 1.5*batch
+    kv = prompts*(held*load.tokens + G*longest)*size.kv_bytes
     acts = prompts*load.tokens*2*(4*size.hidden + 3*size.ff) + load.patches*2*(4*s.vision_width + 3*3456)
-    return dict(weights=2*size.total/1e9, kv=kv/1e9, activations=acts/1e9, other=2.)
+    return dict(weights=2*size.total/1e9, kv=kv/1e9, activations=acts/1e9, joined=size.joined_bytes/1e9, other=4.)
 
 def update_s(
     size:ModelSize, # of the model
@@ -277,6 +291,16 @@ def step_s(
     learn = t.grad_accum*learn_s(size, load, card, each/t.grad_accum, t.G, t.tokens, t.gradient_checkpointing, not (t.freeze_vision or t.lora_r), rates, bool(t.lora_r))
     if t.method == "sft": return learn + update
     return each*read_s(size, load, card, rates) + write_s(size, load, card, max(1, round(each)), t.G, t.tokens, rates, bool(t.lora_r)) + learn + update
+
+def saving_s(
+    size:ModelSize, # of the model
+    t:Training, # how
+    steps:int, # of the run
+    rates:Rates=RATES, # what was measured
+)->float: # seconds
+    "Writing checkpoints, of what is trained with AdamW's two moments, and the final model"
+    checkpoints = (steps//t.save_steps if t.save_steps else 0)*12*trained_of(size, t)/(t.gpus if t.sharded else 1)
+    return rates.save_s*(checkpoints + (2 if t.lora_r or t.sharded else 4)*size.total)/1e9
 
 # %% ../nbs/35_prediction.ipynb #9e2565fd
 def what_fits(
@@ -306,21 +330,18 @@ def what_fits(
         return ", ".join([*said, "train adapters: lora_r: 64, freeze_vision: true"])
     return "nothing here: take more or larger GPUs (params/accelerate/fsdp2.yaml), or a smaller model"
 
-# %% ../nbs/35_prediction.ipynb #4147d520
+# %% ../nbs/35_prediction.ipynb #1db9df2b
 def asking_fits(
     size:ModelSize, # of the model
     load_for, # total_pixels -> Load, of the longest video
-    prompts:int, # at a time
-    G:int, # answers to each
-    longest:int, # tokens of an answer at most
+    asked:dict, # batch, G, longest and held of `agent_gb`
     gb:float, # memory of the GPU
     total_pixels:int, # as asked for
 )->str: # what to change; "" where it fits as it is
     "The smallest change under which an agent's questions fit"
-    fits = lambda prompts, pixels: sum(agent_gb(size, load_for(pixels), prompts, G, longest).values()) <= gb
-    if fits(prompts, total_pixels): return ""
-    fewer = [prompts >> i for i in range(1, prompts.bit_length())]
-    for n in fewer:
+    fits = lambda batch, pixels: sum(agent_gb(size, load_for(pixels), **asked | dict(batch=batch)).values()) <= gb
+    if fits(batch := asked["batch"], total_pixels): return ""
+    for n in (batch >> i for i in range(1, batch.bit_length())):
         if fits(n, total_pixels): return f"lower batch_size to {n}"
     for pixels in (total_pixels//2, total_pixels//4):
         if fits(1, pixels): return f"lower batch_size to 1 and total_pixels to {pixels}"

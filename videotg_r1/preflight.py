@@ -7,7 +7,7 @@ __all__ = ['NOTHING', 'CPU', 'CPU_RATES', 'check_model', 'check_data', 'told_by'
            'variants_of', 'typical', 'Outlook', 'outlook', 'words', 'duration_text', 'judge_cost', 'price', 'estimates',
            'disk_need', 'listed', 'preflight']
 
-# %% ../nbs/81_preflight.ipynb #bdb771cc
+# %% ../nbs/81_preflight.ipynb #3e6accc0
 import json
 import shutil
 import tempfile
@@ -34,6 +34,7 @@ from videotg_r1.prediction import (
     card_of,
     load_of,
     published,
+    saving_s,
     size_of,
     step_s,
     training_gb,
@@ -81,8 +82,8 @@ def check_data(
                   lengths={role: [o[int((i + .5)/64*len(o))] for i in range(64)] for role, o in every.items() if o})
     return found, sizes, [o for c in checked for o in unusable(c)]
 
-# %% ../nbs/81_preflight.ipynb #8891cd82
-CPU, CPU_RATES = Card(7e10, 1e10, 0), Rates(1., .72, .05, .004, least_s=0., answer_s=0., adapters_s=0., update_bytes=0., load_s=10., source="the quick start on idle CPU cores, one a stage")
+# %% ../nbs/81_preflight.ipynb #595f3de5
+CPU, CPU_RATES = Card(7e10, 1e10, 0), Rates(1., .72, .05, .004, least_s=0., answer_s=0., adapters_least_s=0., adapters_step_s=0., update_bytes=0., load_s=10., source="the quick start on idle CPU cores, one a stage")
 
 def told_by(
     name:str, # tiny, random-<family>, a folder, or a hub id
@@ -116,7 +117,7 @@ def training_of(
     s, grpo = p[method] | (given or {}), method == "grpo"
     return Training(method, s.get("prompts_per_step" if grpo else "batch_size", 8), s.get("G", 8) if grpo else 1, s.get("grad_accum", 1), s.get("lora_r", 0),
                     s.get("freeze_vision", False), s.get("gradient_checkpointing", False), min(ANSWER_TOKENS, s.get("max_completion_length", 32)),
-                    s.get("max_completion_length", 32) if grpo else ANSWER_TOKENS, s.get("beta", 0.), "fsdp" in p.get("launch", "") or "zero3" in p.get("launch", ""),
+                    s.get("max_completion_length", 32) if grpo else ANSWER_TOKENS, s.get("save_steps", 50), s.get("beta", 0.), "fsdp" in p.get("launch", "") or "zero3" in p.get("launch", ""),
                     (p.get("processes") or gpus) if p.get("launch") else 1)
 
 def variants_of(
@@ -141,7 +142,7 @@ def typical(
     loads = [load_of(size, frames, o) for o in sizes.get("lengths", {}).get(role) or [sizes["mean_s"]]]
     return Load(*(sum(o)/len(loads) for o in zip(*(astuple(o) for o in loads), strict=True)))
 
-# %% ../nbs/81_preflight.ipynb #da50b188
+# %% ../nbs/81_preflight.ipynb #33d11002
 @dataclass(frozen=True)
 class Outlook:
     "What a stage is predicted to need"
@@ -168,7 +169,8 @@ def outlook(
     n, runs = gpus if p.get("runner", "in_process") != "in_process" else 1, variants_of(job, gpus)
     k = dict(reflect=s.get("k", 4), estimate=s.get("k", 8)).get(job.stage, 1)
     batch, limit = s.get("batch_size", 8), s.get("max_new_tokens", 64)
-    need = agent_gb(size, longest, batch, k, limit)
+    asked = dict(batch=batch, G=k, longest=limit, held=2 if job.stage == "reflect" else 1)
+    need = agent_gb(size, longest, **asked)
     queries = (sizes["train"] + sizes["heldout"])/max(sizes["videos"], 1)
     tokens = limit if to_limit else ANSWER_TOKENS
     load_for = lambda pixels: load_of(size, frames | dict(total_pixels=pixels), sizes["longest_s"])
@@ -179,11 +181,12 @@ def outlook(
         samples = p.get("max_samples") or sizes["heldout" if job.stage == "evaluate" else "train"]
         negatives = min(s.get("calibrate_n", 200), samples) if job.stage == "reflect" and s.get("threshold") is None else 0
         seconds = ask(job.stage, samples, k, 0 if to_limit else s.get("max_proposals", 3)) + (ask(job.stage, negatives, 0, 0) if negatives else 0)
-        return Outlook(job.name, seconds + rates.load_s, n, sum(need.values()), words(need), asking_fits(size, load_for, batch, k, limit, card.gb, pixels))
+        return Outlook(job.name, seconds + rates.load_s, n, sum(need.values()), words(need), asking_fits(size, load_for, asked, card.gb, pixels))
     judged = len(runs)*ask("evaluate", p.get("max_samples") or sizes["heldout"], 1, 0) if job.stage != "train" else 0
     worst, need = max(((t, training_gb(size, longest, t)) for t,_ in runs), key=lambda o: sum(o[1].values()))
     fits = what_fits(size, load_for, worst, card.gb, pixels)
-    return Outlook(job.name, sum(steps*step_s(size, mean, t, card, rates) for t,steps in runs) + judged + len(runs)*rates.load_s, max(t.gpus for t,_ in runs),
+    train = lambda t, steps: steps*step_s(size, mean, t, card, rates) + saving_s(size, t, steps, rates) + rates.load_s
+    return Outlook(job.name, sum(train(t, steps) for t,steps in runs) + judged, max(t.gpus for t,_ in runs),
                    sum(need.values()), words(need), fits)
 
 def words(
