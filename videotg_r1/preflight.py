@@ -142,7 +142,7 @@ def typical(
     loads = [load_of(size, frames, o) for o in sizes.get("lengths", {}).get(role) or [sizes["mean_s"]]]
     return Load(*(sum(o)/len(loads) for o in zip(*(astuple(o) for o in loads), strict=True)))
 
-# %% ../nbs/81_preflight.ipynb #33d11002
+# %% ../nbs/81_preflight.ipynb #ed8a69ec
 @dataclass(frozen=True)
 class Outlook:
     "What a stage is predicted to need"
@@ -153,6 +153,7 @@ class Outlook:
     how: str # what the memory is made of
     advice: str = "" # what to change where it does not fit
 
+# %% ../nbs/81_preflight.ipynb #117c987d
 def outlook(
     job, # Job, parameters resolved
     sizes:dict, # of `check_data`
@@ -189,6 +190,7 @@ def outlook(
     return Outlook(job.name, sum(train(t, steps) for t,steps in runs) + judged, max(t.gpus for t,_ in runs),
                    sum(need.values()), words(need), fits)
 
+# %% ../nbs/81_preflight.ipynb #4bf5e8ef
 def words(
     need:dict, # GB by what they are for
 )->str: # the largest first
