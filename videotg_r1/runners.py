@@ -34,7 +34,7 @@ from .reflection import ReflectConfig, reflect
 from .training import Interrupted, sealed, stop_signals, weights_digest
 from .variants import fit, ledger_meta, open_cache, open_model, read_pool
 
-# %% ../nbs/63_runners.ipynb #7ab9e9ea
+# %% ../nbs/63_runners.ipynb #1944607b
 class Follower:
     "A ledger that another process writes"
     def __init__(self,
@@ -83,7 +83,7 @@ class Ranks:
         self.barrier()
         if self.rank == 0:
             rows = take_in(ledger).rows()
-            check_broken(sum(bool(r.get("broken")) for r in rows), len(samples), cfg.max_broken_share)
+            check_broken(sum(bool(r.get("broken")) for r in rows), len(samples), cfg.max_broken_share, path=ledger.path)
         self.barrier()
         return total_cost(ledger.rows())
 

@@ -302,7 +302,7 @@ def die_with_parent()->None: # asks the kernel of Linux for SIGKILL when the par
     "Called in a child between fork and exec"
     if sys.platform == "linux": ctypes.CDLL(None).prctl(1, signal.SIGKILL) # 1 is PR_SET_PDEATHSIG
 
-# %% ../nbs/80_stages.ipynb #2e609c66
+# %% ../nbs/80_stages.ipynb #6fafcdee
 class Growth:
     "How much a run folder holds, reading only what was added since the last look"
     def __init__(self,
@@ -330,7 +330,8 @@ class Growth:
             elif offset: data = data[1:]
         self.rows[name] = self.rows.get(name, 0) + data.count(b"\n")
         self.seen[path] = offset + len(data)
-        if path.name == "history.jsonl" and data.endswith(b"}\n"): self.last = {k: v for k,v in json.loads(data.splitlines()[-1]).items() if k != "_crc"}
+        if path.name == "history.jsonl" and data.endswith(b"}\n"):
+            with suppress(ValueError): self.last = {k: v for k,v in json.loads(data.splitlines()[-1]).items() if k != "_crc"} # a damaged line stops no watch
 
 # %% ../nbs/80_stages.ipynb #3205e251
 class Watch(threading.Thread):
@@ -655,7 +656,7 @@ def close_attempts(
     "An attempt that is still 'running' when the lock is free was killed"
     return [dict(a, status="killed") if a["status"] == "running" else a for a in attempts]
 
-# %% ../nbs/80_stages.ipynb #7eae5290
+# %% ../nbs/80_stages.ipynb #aa424329
 def stage_state(
     run_dir, # run folder
     identity:dict, # what is asked for
@@ -679,6 +680,7 @@ def prepare_dir(
     "Make the run folder fit what is asked for, or refuse; what a kill left half-written is removed"
     state = stage_state(run_dir, identity, accept)
     for p in Path(run_dir).rglob(".*.tmp"): p.unlink(missing_ok=True)
+    for p in run_dir.parent.glob(f".{run_dir.name}.*.old"): shutil.rmtree(p, ignore_errors=True)
     if state in ("new", "unfinished", "done"): return state
     if not force and not state.startswith("damaged"):
         raise ValueError(f"{run_dir} holds a result of other settings ({state}): use another run name, or --force to replace it")
