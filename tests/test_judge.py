@@ -3,6 +3,7 @@ import base64
 import io
 import json
 import math
+import os
 import socket
 import struct
 import threading
@@ -266,3 +267,22 @@ def test_estimation_and_evaluation_by_a_judge_in_two_parts(server, tmp_path):
         with judge_of(server) as judge, open_ledger(out, agent.__name__, judge, cfg(), SPEC, SAMPLES) as ledger: assert len(ledger) == 8
     rows = {r["qid"]: r for r in read_ledger(tmp_path/"estimate.jsonl")[1]}
     assert rows["q0"]["difficulty"] == 0. and rows["q1"]["mean_iou"] == pytest.approx(1/6, abs=1e-3) # 2 to 8 against 2 to 3
+
+
+@pytest.mark.skipif("VTG_JUDGE_URL" not in os.environ, reason="asks a real server: set VTG_JUDGE_URL (http://127.0.0.1:8000/v1) and VTG_JUDGE_MODEL (its name there)")
+@pytest.mark.parametrize("yes", ["logprobs", "votes"])
+def test_a_real_server_answers_both_agents(tmp_path, yes):
+    "Protocol and counting, not wisdom: vLLM, SGLang, `transformers serve`, whatever is meant to judge"
+    given = dict(url=os.environ["VTG_JUDGE_URL"], model=os.environ["VTG_JUDGE_MODEL"], yes=yes, votes=3, tries=2, concurrency=2, send=os.environ.get("VTG_JUDGE_SEND", "frames"))
+    clips = {k: flashes(2, *([7] if "1" in k else [])) for k in ("/0", "/1")}
+    for again in (False, True): # the second time from the answers that were kept
+        with Judge(JudgeConfig(**given), tmp_path/"kept") as judge, Ledger(tmp_path/f"{again}.jsonl", dict(a=1)) as ledger:
+            reflect(judge, SAMPLES[:2], CFG, ledger, read=clips.get, progress=False)
+            rows = [{k: v for k, v in r.items() if k != "compute"} for r in ledger.rows()]
+            assert {r["qid"] for r in rows} == {"q0", "q1"} and all(0 <= o["p_event"] <= 1 for r in rows for o in r["proposals"])
+            asked = exists(judge, clips["/1"])
+            (p,), (cost,) = ask_yes(judge, asked)
+            texts, lengths, _costs = ask_answers(judge, asked, G=3, max_new_tokens=16, seed=[4])
+            assert 0 <= p <= 1 and len(texts[0]) == 3 and cost.prompt_tokens > 0 and sum(lengths[0]) > 0
+        if not again: first = rows, p, texts, judge.spent["requests"]
+    assert (rows, p, texts, 0) == (*first[:3], judge.spent["requests"]) and first[3] > 0
