@@ -42,8 +42,10 @@ submit() { # NAME, then arguments of sbatch; prints the job's number
     if [[ -z ${DRY_RUN:-} ]]; then
         sbatch --parsable --job-name "vtg-$name" "$@" | cut -d ';' -f 1
     else
-        { printf 'sbatch --job-name vtg-%s' "$name"; printf ' %q' "$@"; echo; } >&2
-        echo "<$name>"
+        local word line="sbatch --job-name vtg-$name"
+        for word in "$@"; do if [[ $word =~ [^[:alnum:]_./:=,-] ]]; then line+=" ${word@Q}"; else line+=" $word"; fi; done
+        echo "$line" >&2
+        echo "NUMBER_OF_$name"
     fi
 }
 

@@ -11,15 +11,16 @@ import argparse
 import json
 import os
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
-import psutil
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
@@ -47,33 +48,47 @@ def write_work(folder, n, frames, side, videos=0):
     return str(folder/"samples.jsonl")
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return s.getsockname()[1]
+
+
 def lines(path): return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def family(p): # a process and all that it started: torchrun gives each of its own a session
-    if p.poll() is not None: return []
-    try: return [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)]
-    except psutil.NoSuchProcess: return []
-
-
-def tell(found, number):
-    for o in found:
-        try: o.send_signal(number)
-        except psutil.NoSuchProcess: pass
+def tell(p, number):
+    "A signal to a process and all that it started: torchrun gives each of its own a session"
+    from videotg_r1.torture import children
+    if p.poll() is not None: return
+    for pid in (p.pid, *children(p.pid)):
+        with suppress(ProcessLookupError): os.kill(pid, number)
 
 
 def stop(p):
-    tell(family(p), signal.SIGKILL)
+    tell(p, signal.SIGKILL)
     p.wait()
 
 
 def hold(a, p):
     "Stop processes that are warm until a file is there, so that others can be measured meanwhile"
     if not a.after or a.after.exists(): return
-    found = family(p)
-    tell(found, signal.SIGSTOP)
+    tell(p, signal.SIGSTOP)
+    (a.out/f"warm-{os.getpid()}").touch()
     while not a.after.exists() and time.time() - BEGAN < a.until: time.sleep(.05)
-    tell(found, signal.SIGCONT)
+    tell(p, signal.SIGCONT)
+
+
+def memory(trace, p, gpus):
+    "GiB that a process and its children hold on these GPUs, the most, or 0 where the driver does not say: others may work beside them"
+    if trace.device == "cpu": return 0
+    import pynvml
+
+    from videotg_r1.torture import children
+    ours = {p.pid, *children(p.pid)}
+    of = lambda i: pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(i))
+    try: return round(max(sum(o.usedGpuMemory or 0 for o in of(i) if o.pid in ours) for i in gpus)/2**30, 2)
+    except pynvml.NVMLError: return 0
 
 
 def sent(trace, gpus):
@@ -94,32 +109,36 @@ def grpo(a, n, trace, gpus):
     from videotg_r1.config import to_params
     from videotg_r1.runners import TrainJob
     out, config = Path(tempfile.mkdtemp(prefix=f"grpo-{a.shape or 'small'}-{n}-", dir=a.out)), ROOT/a.launch
-    settings = dict(steps=a.steps + a.skip, prompts_per_step=a.prompts*n, G=a.G, lr=1e-6, rewards=dict(iou=1.), max_completion_length=a.tokens, freeze_vision=True,
+    settings = dict(steps=a.steps + a.skip + 8*bool(a.after), prompts_per_step=a.prompts*n, G=a.G, lr=1e-6, rewards=dict(iou=1.), max_completion_length=a.tokens, freeze_vision=True,
                     precision="fp32" if a.device == "cpu" else "bf16", gradient_checkpointing=not a.no_checkpointing, skip_dead=False, save_steps=0, grad_accum=a.parts, lora_r=a.lora, lora_alpha=2*a.lora or 16)
     job = TrainJob(method="grpo", path=str(out/"training"), model=str(a.model), samples=a.samples, settings=settings, frames=a.frame_spec, device=a.device)
     (out/"job.json").write_text(json.dumps(dict(kind="train", job=to_params(job))))
-    starter = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(n), "--main_process_port", str(29500 + n), "-m"] if n > 1 or a.always else []
+    starter = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(n), "--main_process_port", str(free_port()), "-m"] if n > 1 or a.always else []
     with open(out/"log.txt", "wb") as log:
         p = subprocess.Popen([sys.executable, "-m", *starter, "videotg_r1.runners", str(out/"job.json")], stdout=log, stderr=log, start_new_session=True, env=env(gpus))
-    history, began, at, memory, link = out/"training/history.jsonl", time.time(), [], 0, None
+    history, began, at, until, link, skip = out/"training/history.jsonl", time.time(), [], 0, None, a.skip
     try:
-        while lines(history) < a.steps + a.skip:
+        while lines(history) < a.steps + skip:
             if p.poll() is not None: raise ended(p, out/"log.txt")
             if time.time() - BEGAN > a.until: break
             if lines(history) > len(at): at += [time.time()]*(lines(history) - len(at))
-            if len(at) >= a.skip and link is None: link = len(at), sent(trace, gpus)
+            if len(at) >= a.skip and a.after:
+                hold(a, p)
+                skip, a.after = lines(history) + 1, None # the step that was held is left out
+                at += [time.time()]*(skip - 1 - len(at))
+            if len(at) >= skip and link is None: link = len(at), sent(trace, gpus)
             time.sleep(.05)
-        memory, last = time.time(), (lines(history), sent(trace, gpus))
+        until, last, own = time.time(), (lines(history), sent(trace, gpus)), memory(trace, p, gpus)
     finally: stop(p)
     rows = [json.loads(o) for o in history.read_text().splitlines()] if history.is_file() else []
-    if len(rows) < a.skip + 2: raise RuntimeError(f"{len(rows)} steps in the time there was")
-    used = rows[a.skip - 1:]
+    if len(rows) < skip + 2: raise RuntimeError(f"{len(rows)} steps in the time there was")
+    used = rows[skip - 1:]
     step = [y["elapsed_s"] - x["elapsed_s"] for x, y in zip(used, used[1:], strict=False)]
-    traffic = [round((y - x)/(last[0] - link[0]), 2) for x, y in zip(link[1], last[1], strict=True)] if memory and link and link[1] and last[1] and last[0] > link[0] else None
+    traffic = [round((y - x)/(last[0] - link[0]), 2) for x, y in zip(link[1], last[1], strict=True)] if until and link and link[1] and last[1] and last[0] > link[0] else None
     tokens = [(used[-1][f"total/{k}"] - used[0][f"total/{k}"])/sum(step) for k in ("prompt_tokens", "generated_tokens")]
     return dict(what="grpo", gpus=n, launch=Path(a.launch).name if starter else "", prompts=a.prompts*n, parts=a.parts, lora_r=a.lora, checkpointing=not a.no_checkpointing, G=a.G, tokens=a.tokens, step_s=round(statistics.median(step), 4), steps=[round(s, 3) for s in step],
                 prompts_per_s=round(a.prompts*n*len(step)/sum(step), 4), prompt_tokens_per_s=round(tokens[0]), generated_tokens_per_s=round(tokens[1]),
-                start_s=round(at[0] - began, 1) if at else None, nvlink_gb_a_step=traffic, **trace.over(at[a.skip - 1] if len(at) >= a.skip else began, memory, gpus))
+                start_s=round(at[0] - began, 1) if at else None, nvlink_gb_a_step=traffic, own_gib=own, **trace.over(at[skip - 1] if len(at) >= skip else began, until, gpus))
 
 
 def agent(a, n, trace, gpus):
@@ -133,12 +152,12 @@ def agent(a, n, trace, gpus):
     code = "import json, sys; from videotg_r1.config import from_params; from videotg_r1.runners import AgentJob, run_agent; run_agent(from_params(AgentJob, json.load(open(sys.argv[1]))), False)"
     with open(out/"log.txt", "wb") as log:
         p = subprocess.Popen([sys.executable, "-c", code, str(out/"job.json")], stdout=log, stderr=log, start_new_session=True, env=env(gpus))
-    began, seen = time.time(), {} # file -> [(when, samples)]
+    began, seen, most = time.time(), {}, 0 # file -> [(when, samples)]
     try:
         while p.poll() is None and time.time() - BEGAN < a.until:
             for f in ([out/"found.jsonl"] if n == 1 else out.glob("found.part-*.jsonl")):
                 now, at = max(lines(f) - 1, 0), seen.setdefault(f.name, [(began, 0)])
-                if now > at[-1][1]: at.append((time.time(), now))
+                if now > at[-1][1]: at.append((time.time(), now)); most = max(most, memory(trace, p, gpus))
             left = a.asked*n - sum(at[-1][1] for at in seen.values())
             if n > 1 and seen and left and lines(out/"found.jsonl") > 1: # the last part to end was taken in before it was seen whole
                 late = min(seen.values(), key=lambda at: at[-1][1])
@@ -160,7 +179,7 @@ def agent(a, n, trace, gpus):
     own = [(at[-1][1] - at[2][1])/(at[-1][0] - at[2][0]) for at in seen.values()]
     spent = [at[-1][1]/o for at, o in zip(seen.values(), own, strict=True)]
     return dict(what=a.agent, gpus=n, samples=sum(at[-1][1] for at in seen.values()), k=8, queries=2, tokens=a.tokens, samples_per_s=round(sum(within(at, t1) - within(at, t0) for at in seen.values())/(t1 - t0), 4),
-                each=[round(o, 3) for o in own], imbalance=round(max(spent)*len(spent)/sum(spent), 4), start_s=round(min(at[1][0] for at in seen.values()) - began, 1), measured_s=round(t1 - t0, 1), **trace.over(t0, t1, gpus))
+                each=[round(o, 3) for o in own], imbalance=round(max(spent)*len(spent)/sum(spent), 4), start_s=round(min(at[1][0] for at in seen.values()) - began, 1), measured_s=round(t1 - t0, 1), own_gib=most, **trace.over(t0, t1, gpus))
 
 
 ALL_REDUCE = """
@@ -222,7 +241,7 @@ def main():
     p.add_argument("--parts", type=int, default=1, help="grad_accum")
     p.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights of the language model")
     p.add_argument("--no-checkpointing", action="store_true")
-    p.add_argument("--after", type=Path, help="the agent waits for this file once it is warm, so that its start goes beside something else that is measured")
+    p.add_argument("--after", type=Path, help="wait for this file once warm, so that the start goes beside something else that is measured")
     p.add_argument("--until", type=float, default=1e9, help="seconds after which nothing goes on")
     a = p.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # so that what was started is ended
@@ -230,7 +249,8 @@ def main():
     a.out.mkdir(parents=True, exist_ok=True)
     if a.device == "cpu":
         (a.out/"cpu.yaml").write_text(ON_CPU)
-        a.launch, a.frames, a.side, a.tokens, a.asked, a.steps, a.prompts, a.skip = str(a.out/"cpu.yaml"), 8, 64, 8, 96, 2, 1, 1
+        if "ddp" in a.launch: a.launch = str(a.out/"cpu.yaml")
+        a.frames, a.side, a.tokens, a.asked, a.steps, a.prompts, a.skip = 8, 64, 8, 96, 2, 1, 1
     a.model, a.frame_spec = a.out/(a.shape or "small"), dict(fps=2., max_frames=a.frames, min_pixels=a.side**2, max_pixels=a.side**2, total_pixels=a.frames*a.side**2)
     if {"grpo", "agent"} & set(a.only): a.samples = write_work(a.out/f"clips-{a.only[0]}-{os.getpid()}", a.asked*max(a.gpus) if "agent" in a.only else 64, a.frames, a.side)
     if not (a.model/"videotg.json").is_file() and a.only != ["all_reduce"]:

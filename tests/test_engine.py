@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from videotg_r1.engine import AT_ONCE, Prompts, answer_probability, go_on, prefill, prompt_plan, sample, token_logps
-from videotg_r1.policy import FAMILIES, FeatureCache, encode, load_policy, prepare, random_policy, see
+from videotg_r1.policy import FAMILIES, FeatureCache, collate, encode, load_policy, prepare, random_policy, see, unwrap
 
-# Traps of DESIGN 5 that the engine could fall into, each with its test here:
-# 1 time positions ............ test_time_reaches_sampling_and_scoring_alike
-# 2 scoring without the video . test_scores_depend_on_the_video, test_vision_tokens_are_never_drawn
-# 2 one step too early ........ tests/test_training.py (the curriculum's step)
-# 3 resume .................... tests/test_training.py
-# 4 frames taken for 24 fps ... test_time_reaches_sampling_and_scoring_alike
-# 6 a frozen tower that is back-propagated (DESIGN 6, finding 1) ... test_a_frozen_tower_is_not_back_propagated
+# Traps that public trainers or the libraries below us fell into, each with its test:
+# the time between frames reaches sampling but not scoring, or is cut to whole seconds ... test_time_reaches_sampling_and_scoring_alike
+# frames without a rate of their own are taken for 24 a second ......................... the same
+# answers are scored without the video that they were drawn with ...................... test_scores_depend_on_the_video
+# a drawn answer holds a vision token, to which no pixels belong ...................... test_vision_tokens_are_never_drawn
+# a frozen tower is back-propagated, since checkpointing hooks its input ............... test_a_frozen_tower_is_not_back_propagated
+# a curriculum moves one step too early; a resumed training loads no weights ........... tests/test_training.py
 
 
 def clip(n, side, seed=0, fps=2.):
@@ -127,6 +127,34 @@ def test_the_queue_changes_nothing(policy, monkeypatch):
     monkeypatch.setitem(AT_ONCE, "cpu", AT_ONCE["cuda"])
     back = sample(policy, es[::-1], G=2, max_new_tokens=12, temperature=2., seed=list(range(8))[::-1], batch_size=3)
     assert back.texts == want.texts[::-1] and (back.logps.flip(0) - want.logps).abs().max() < 1e-4
+
+
+def test_empty_slots_change_nothing(policy, monkeypatch):
+    "A GPU's decoder has more slots than there are prompts in flight"
+    from videotg_r1 import engine
+    es = prompts(policy)
+    want = sample(policy, es, G=2, max_new_tokens=8, seed=3)
+    monkeypatch.setattr(engine, "decoder_for", lambda policy, model, slots, *how: engine.Decoder(policy, engine.room_for(slots + 8), *how))
+    for most in (3, 4):
+        r = sample(policy, es, G=2, max_new_tokens=8, seed=3, batch_size=most)
+        assert r.texts == want.texts and (r.logps - want.logps).abs().max() < 1e-4
+    assert [engine.room_for(n) for n in (1, 7, 8, 9, 32, 33)] == [1, 7, 8, 16, 32, 40]
+
+
+def test_the_last_layer_goes_on_at_the_ends_alone(policy):
+    "Reading prompts, its MLP sees one token of each; the logits are those of the plain path, and what follows a failure too"
+    es, seen_rows = prompts(policy)[:3], []
+    layers = unwrap(policy.model).model.language_model.layers
+    last = layers[-1]
+    with torch.no_grad():
+        want = policy.model(**collate(policy, es)).logits[:, -1]
+        watch = last.mlp.register_forward_hook(lambda mlp, given, out: seen_rows.append(out.shape[1]))
+        got = prefill(policy, es).logits
+        watch.remove()
+        with pytest.raises(RuntimeError): prefill(policy, [replace(es[0], features=torch.zeros(es[0].n_video_tokens, 3))])
+    assert seen_rows == [3] and layers[-1] is last and "get_placeholder_mask" not in vars(unwrap(policy.model).model)
+    assert close(got, want, policy)
+    with torch.enable_grad(): assert close(prefill(policy, es).logits, want, policy)
 
 
 def test_answers_stop_where_they_end(policy):

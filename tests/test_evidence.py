@@ -1,6 +1,7 @@
 "The committed reports of evidence say what their cells say, and the program of cells runs, stops and goes on."
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +71,32 @@ def test_a_program_goes_on_where_it_was(tmp_path):
     once_more = run_program(dict(lab=lab, program=arms), tmp_path/"again", workers=1, only=["mask-linear-4-s1-0"], known=known)
     assert (once_more["done"], once_more["left"]) == (1, 0) and not (tmp_path/"again/cells/mask-none-4-s1-0.json").exists()
     assert json.loads((tmp_path/"again/cells/mask-linear-4-s1-0.json").read_text())["tests"]["test"]["ious"] == r["tests"]["test"]["ious"], "one cell again, what it builds on taken from a report"
+
+
+def test_a_lower_frame_rate_shows_the_same_videos_at_their_true_times(tmp_path, monkeypatch):
+    "`sparse` is `test` with every second frame left out: same queries and spans, same pictures, and a model that is told the time. No decoder is needed."
+    import torch
+
+    from videotg_r1.experiments import Worlds, render_worlds
+    from videotg_r1.policy import encode, frame_spec, load_policy
+    from videotg_r1.video import read_clip
+    for name in ("av", "decord"): monkeypatch.setitem(sys.modules, name, None)
+    fields = load_params(ROOT/"params/evidence/synthetic.yaml")["lab"]
+    assert fields["worlds"]["sparse"] == fields["worlds"]["test"] and fields["frames"]["sparse"] == {"fps": .5}
+    fields["worlds"] = {k: fields["worlds"][k] | dict(heldout_videos=4) for k in ("test", "sparse")}
+    lab = from_params(Lab, fields | dict(device="cpu"))
+    render_worlds(lab, tmp_path, workers=1)
+    dense, sparse = (Worlds(lab, tmp_path).test(w) for w in ("test", "sparse"))
+    policy = load_policy("tiny", device="cpu")
+    for a,b in zip(dense, sparse, strict=True):
+        assert (a.qid, a.query, a.spans, a.duration_s) == (b.qid, b.query, b.spans, b.duration_s)
+        one, half = (read_clip(s.video, frame_spec(policy, **lab.frames.get(w, {}))) for w,s in (("test", a), ("sparse", b)))
+        assert half.fps == .5 and half.duration_s == one.duration_s == a.duration_s
+        assert half.frame_ts.tolist() == [2.*i for i in range(int(a.duration_s)//2)] == one.frame_ts[::2].tolist()
+        assert (half.frames == one.frames[::2]).all()
+        x, y = (encode(policy, o, "When?") for o in (one, half))
+        assert (x.second_per_grid_s, y.second_per_grid_s) == (2., 4.) and y.n_video_tokens*2 == x.n_video_tokens
+        times = [torch.unique(e.position_ids[0][e.input_ids == policy.video_token_id]) for e in (x, y)]
+        assert torch.equal(times[1], times[0][::2]), "a pair of frames has the place in time that it has among all frames"
+        words = [e.input_ids[e.input_ids != policy.video_token_id].tolist() for e in (x, y)]
+        assert words[0] == words[1]

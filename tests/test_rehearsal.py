@@ -11,6 +11,8 @@ import pytest
 import rehearsal
 import scaling
 
+from videotg_r1.torture import children
+
 there = rehearsal.SHARED/"tokenizer/qwen2_5/tokenizer.json"
 
 
@@ -55,18 +57,18 @@ def test_what_is_measured_on_several_gpus_is_held_against_one(tmp_path):
 
 def test_warm_processes_wait_for_what_is_measured_beside_them(tmp_path):
     p = subprocess.Popen([sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(120)'], start_new_session=True)"])
-    a, seen = type("args", (), dict(after=tmp_path/"go", until=1e9))(), []
-    end = time.monotonic() + 60
-    while len(scaling.family(p)) < 2 and time.monotonic() < end: time.sleep(.05)
+    a, seen = type("args", (), dict(out=tmp_path, after=tmp_path/"go", until=1e9))(), []
+    end, family = time.monotonic() + 60, lambda: [psutil.Process(o) for o in (p.pid, *children(p.pid))]
+    while len(family()) < 2 and time.monotonic() < end: time.sleep(.05)
     def look():
-        states = lambda: {o.status() for o in scaling.family(p)}
+        states = lambda: {o.status() for o in family()}
         while states() != {psutil.STATUS_STOPPED} and time.monotonic() < end: time.sleep(.05)
         seen.append(states()); a.after.touch()
     watch = threading.Thread(target=look); watch.start()
     try:
         scaling.hold(a, p); watch.join()
-        assert seen == [{psutil.STATUS_STOPPED}] and psutil.STATUS_STOPPED not in {o.status() for o in scaling.family(p)}
-        ours = scaling.family(p)
+        assert seen == [{psutil.STATUS_STOPPED}] and [*tmp_path.glob("warm-*")] and psutil.STATUS_STOPPED not in {o.status() for o in family()}
+        ours = family()
     finally: scaling.stop(p)
     left = psutil.wait_procs(ours, timeout=5)[1]
     assert len(ours) == 2 and all(o.status() == psutil.STATUS_ZOMBIE for o in left)     # nobody may have asked for a grandchild's end

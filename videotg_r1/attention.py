@@ -82,7 +82,7 @@ def batches(self:Layout,
     self._batches = calls, torch.empty_like(real).index_copy(0, order[real] - off, real).to(device)
     return self._batches
 
-# %% ../nbs/31_attention.ipynb #294d71e6
+# %% ../nbs/31_attention.ipynb #32dac9dc
 @patch
 def attend(self:Layout,
     layer, # index of the layer
@@ -96,12 +96,10 @@ def attend(self:Layout,
         if self.keep: self.kv[layer] = [k, v]
         one = [x.to(v.dtype)[0].unflatten(1, (-1, self.even)).transpose(0, 1) for x in (q, k, v)]      # [blocks,heads,even,d], no copies
         return F.scaled_dot_product_attention(*one, is_causal=True, scale=scale, enable_gqa=True).transpose(1, 2).flatten(0, 1)[None]
-    kv = [(x,) for x in (k, v)] if not self.cached else list(zip(self.kv[layer], (k, v), strict=True))
-    if self.keep: self.kv[layer] = [torch.cat(x, 2) if len(x) > 1 else x[0] for x in kv]
-    if q.is_cuda and v.dtype in (torch.float16, torch.bfloat16):
-        return joined_attention(q, *(torch.cat(x, 2) if len(x) > 1 else x[0] for x in kv), self.flat(q.device), scale)
-    q, kv[0] = q.to(v.dtype), tuple(x.to(v.dtype) for x in kv[0])              # rotated in 32 bits under autocast
-    k, v = (torch.cat(x, 2) if len(x) > 1 else x[0] for x in kv)
+    whole = [k, v] if not self.cached else [torch.cat(x, 2) for x in zip(self.kv[layer], (k, v), strict=True)]
+    if self.keep: self.kv[layer] = whole
+    if q.is_cuda and v.dtype in (torch.float16, torch.bfloat16): return joined_attention(q, *whole, self.flat(q.device), scale)
+    q, (k, v) = q.to(v.dtype), (x.to(v.dtype) for x in whole)                  # rotated in 32 bits under autocast
     some = lambda x, at: x[0].index_select(1, at.flatten()).unflatten(1, at.shape).transpose(0, 1)
     (calls, back), out = self.batches(q.device), []
     for rows, keys, mask in calls:

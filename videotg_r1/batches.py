@@ -8,8 +8,9 @@ __all__ = ['YES_NO', 'by_video', 'plan_units', 'longest_first', 'check_fold', 'f
            'ask_yes', 'ask_further', 'inputs_of', 'TwoSteps', 'check_broken', 'first_steps', 'find', 'run_batches',
            'write_found', 'part_path', 'take_in', 'InProcess']
 
-# %% ../nbs/34_batches.ipynb #e305dfea
+# %% ../nbs/34_batches.ipynb #bf39f9db
 import itertools
+import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -276,7 +277,7 @@ def first_steps(
         pairs = [(s, clips[s.video]) for s in batch if s.qid not in bad]
         yield batch, bad, pairs, work.first(pairs) if pairs else None
 
-# %% ../nbs/34_batches.ipynb #24445dd9
+# %% ../nbs/34_batches.ipynb #b32201b5
 def find(
     batches, # list of lists of `Sample`
     work, # [(Sample, Clip)] of a batch -> one row (dict with `qid`) for each; or `TwoSteps`
@@ -286,13 +287,18 @@ def find(
 ): # yields the rows of each batch, in the order of its samples
     "Work through batches; the first step of `TwoSteps` is a batch ahead"
     two = work if isinstance(work, TwoSteps) else TwoSteps(lambda pairs: None, lambda pairs, _: work(pairs))
-    steps = first_steps(batches, two, read, readers)
+    steps, over, took = first_steps(batches, two, read, readers), threading.Event(), []
+    def later(seconds): over.wait(seconds); return next(steps, None)
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="first_step") as pool:
-            coming = pool.submit(next, steps, None)
+            coming = pool.submit(later, 0)
             while (now := coming.result()) is not None:
-                coming, (batch, bad, pairs, made) = pool.submit(next, steps, None), now
-                rows = {r["qid"]: r for r in (two.then(pairs, made) if pairs else [])}
+                over.clear()
+                coming = pool.submit(later, min(took[1:], default=0)/2)             # the first one may have compiled
+                (batch, bad, pairs, made), begun = now, time.perf_counter()
+                try: rows = {r["qid"]: r for r in (two.then(pairs, made) if pairs else [])}
+                finally: over.set()
+                took.append(time.perf_counter() - begun)
                 assert set(rows) == {s.qid for s, _ in pairs}, f"work must return a row for each sample, got {sorted(rows)}"
                 rows |= {s.qid: dict(broken(s, bad[s.qid]), broken=True) for s in batch if s.qid in bad}
                 yield [rows[s.qid] for s in batch]

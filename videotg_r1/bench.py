@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SHAPES', 'AXES', 'BENCHES', 'WIDTHS', 'BenchConfig', 'shaped_policy', 'Work', 'waves', 'make_clips', 'make_work',
            'Measured', 'release', 'told', 'measure', 'measure_fit', 'Machine', 'timer', 'machine', 'decode_bytes',
-           'floor', 'video_flops', 'row', 'ours_learns', 'weights', 'rows_learn', 'grouper_learns', 'bench_learner',
-           'some_weights', 'results', 'in_32_bits', 'bench_exact', 'ours_step', 'rows_step', 'updater', 'hidden_half',
-           'bench_step', 'rows_draw', 'ours_draw', 'asked', 'questions', 'reflect', 'rows_reflect', 'reflect_floor',
-           'in_a_run', 'bench_agents', 'bench_rollout', 'bench_vision', 'clip_files', 'bench_train', 'bench_data',
-           'scaled', 'bench_scaling', 'scaling_figure', 'scaling_panel', 'bench', 'bench_part', 'bench_head',
-           'bench_line', 'write_bench']
+           'spared', 'floor', 'video_flops', 'row', 'ours_learns', 'weights', 'rows_learn', 'grouper_learns',
+           'bench_learner', 'some_weights', 'results', 'in_32_bits', 'bench_exact', 'ours_step', 'rows_step', 'updater',
+           'hidden_half', 'bench_step', 'rows_draw', 'ours_draw', 'asked', 'questions', 'reflect', 'rows_reflect',
+           'reflect_floor', 'in_a_run', 'bench_agents', 'bench_rollout', 'bench_vision', 'clip_files', 'bench_train',
+           'bench_data', 'scaled', 'bench_scaling', 'scaling_figure', 'scaling_panel', 'bench', 'bench_part',
+           'bench_head', 'bench_line', 'write_bench']
 
 # %% ../nbs/79_bench.ipynb #638326a9
 import gc
@@ -314,7 +314,7 @@ def machine(
         for _ in range(times): y.copy_(x)
     return Machine(torch.cuda.get_device_name(device) if cuda else "CPU", rate, times*2*size/timer(device, copies))
 
-# %% ../nbs/79_bench.ipynb #ff8ef806
+# %% ../nbs/79_bench.ipynb #f16308c9
 def decode_bytes(
     policy,  # Policy
     prompts, # [B] tokens of each prompt
@@ -328,6 +328,16 @@ def decode_bytes(
     weights = (shape.text_params + shape.head_params)*size*len(t)
     return int(weights + token_bytes(policy)*((live.any(-1)*np.asarray(prompts)).sum() + (live*t).sum()))
 
+def spared(
+    policy, # Policy
+    new, # tokens of a prompt that are read
+    context=0, # tokens that have been read before
+): # FLOPs of `text_flops`
+    "What reading a prompt can leave out: in the last layer, of all tokens but the last, everything but keys and values"
+    shape, c = model_shape(policy), policy.config.get_text_config()
+    keys = 2*c.hidden_size*c.num_key_value_heads*(getattr(c, "head_dim", None) or c.hidden_size//c.num_attention_heads)
+    return 2*(new - 1)*(shape.text_params/shape.layers - keys) + 4*shape.attn_width*((new - 1)*context + new*(new - 1)/2)
+
 def floor(
     work, # Work
     machine, # Machine
@@ -337,8 +347,8 @@ def floor(
     "No implementation is faster: prompts are read once, answers drawn, and a gradient taken"
     p, shape, es, n = work.policy, model_shape(work.policy), work.encodeds, work.lengths
     need = video_flops(p, es)
-    if learns: need += 3*sum(flops(shape, len(e), m) for e, m in zip(es, n, strict=True))
-    else: need += sum(text_flops(shape, len(e), logits=1) for e in es)
+    if learns: need += 3*sum(flops(shape, len(e), m) - spared(p, len(e)) for e, m in zip(es, n, strict=True))
+    else: need += sum(text_flops(shape, len(e), logits=1) - spared(p, len(e)) for e in es)
     return need/machine.flops + (decode_bytes(p, [len(e) for e in es], n)/machine.bytes if draws else 0.)
 
 def video_flops(
@@ -583,7 +593,7 @@ def asked(
     "As many prompts as the agents ask together, each with a clip of its own"
     return Work(work.cfg, work.policy, *make_clips(work.cfg, work.policy, work.cfg.asked))
 
-# %% ../nbs/79_bench.ipynb #825e10ab
+# %% ../nbs/79_bench.ipynb #69ef0051
 def questions(
     work, # Work
 ): # two lists of Encoded
@@ -625,15 +635,15 @@ def reflect_floor(
     need = video_flops(p, first)
     for a, b in zip(first, then, strict=True):
         n = common_prefix(a, b)
-        need += text_flops(shape, len(a), logits=1) + text_flops(shape, len(b) - n, n, 1)
+        for new, known in ((len(a), 0), (len(b) - n, n)): need += text_flops(shape, new, known, 1) - spared(p, new, known)
     return need/machine.flops + decode_bytes(p, [len(b) for b in then], work.lengths)/machine.bytes
 
-# %% ../nbs/79_bench.ipynb #f2122f6e
+# %% ../nbs/79_bench.ipynb #11f102b2
 def in_a_run(
     work, # Work
     asks, # functions of a query -> prompt
     then, # lists of Encoded, one for each of `asks` -> anything
-    batches=4, # at least 2; the first is not counted
+    batches=5, # at least 2; the first is not counted
 ): # Measured, a batch
     "A batch in a run of several, as agents work"
     p, clips, at = work.policy, {f"{i}.mp4": o for i, o in enumerate(work.clips)}, []

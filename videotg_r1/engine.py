@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['AT_ONCE', 'allowed_logits', 'token_logprobs', 'in_blocks', 'pick', 'nucleus', 'uniforms', 'Rollouts', 'inference',
-           'Prompts', 'common_prefix', 'prompt_plan', 'even_size', 'prefill', 'not_numbers', 'seen', 'split_segments',
-           'go_on', 'Decoder', 'dots', 'rms', 'before', 'cut_of', 'product', 'plus', 'after', 'between', 'compiled',
-           'next_logits', 'draw', 'decoder_for', 'linears', 'writer_for', 'side_by_side', 'joined', 'token_bytes',
-           'in_flight', 'sample', 'plain_logps', 'score_logits', 'score_rows', 'scoring', 'answer_plan', 'shared_logps',
-           'token_logps', 'first_ids', 'answer_probability', 'generate_kwargs']
+           'Prompts', 'common_prefix', 'prompt_plan', 'even_size', 'AtEnds', 'logits_at', 'prefill', 'not_numbers',
+           'seen', 'split_segments', 'go_on', 'Decoder', 'dots', 'rms', 'before', 'cut_of', 'product', 'plus', 'after',
+           'between', 'compiled', 'next_logits', 'draw', 'room_for', 'decoder_for', 'linears', 'writer_for',
+           'side_by_side', 'joined', 'token_bytes', 'in_flight', 'sample', 'plain_logps', 'score_logits', 'score_rows',
+           'scoring', 'answer_plan', 'shared_logps', 'token_logps', 'first_ids', 'answer_probability',
+           'generate_kwargs']
 
 # %% ../nbs/31_engine.ipynb #6e203a5d
 import itertools
@@ -163,7 +164,7 @@ def prompt_plan(
         i = j
     return segments, sees, chains, videos
 
-# %% ../nbs/31_engine.ipynb #c89964b9
+# %% ../nbs/31_engine.ipynb #c080e03c
 def even_size(
     lengths, # tokens of each prompt
     least=1 << 15, # tokens of all; with fewer there is too little to gain
@@ -172,6 +173,36 @@ def even_size(
     size = -(-max(lengths)//32)*32
     return size if sum(lengths) >= least and 32*size*len(lengths) <= 33*sum(lengths) else 0
 
+# %% ../nbs/31_engine.ipynb #3a153855
+class AtEnds(torch.nn.Module):
+    "The last layer of a language model where it is wanted at some tokens alone: all get keys and values, these go on"
+    def __init__(self,
+        layer, # transformers' decoder layer
+        ends,  # [B] int64, places in the row
+    ):
+        super().__init__()
+        self.layer, self.ends = layer, ends
+
+    def forward(self, x, **how): # [1,B,D]
+        "As transformers' layer, cut down behind its attention"
+        layer = self.layer
+        x = (x + layer.self_attn(hidden_states=layer.input_layernorm(x), **how)[0])[:, self.ends]
+        return x + layer.mlp(layer.post_attention_layernorm(x))
+
+def logits_at(
+    model, # transformers model, possibly wrapped
+    batch, # of `row_inputs`
+    ends,  # [B] int64, places in the row
+): # [B,V]
+    "Logits of the tokens that follow some places of a row"
+    if torch.is_grad_enabled(): return model(**batch, logits_to_keep=ends).logits[0]
+    inner, layers = unwrap(model).model, unwrap(model).model.language_model.layers
+    def places(input_ids, **_): return ((input_ids == inner.config.video_token_id)[..., None],)*2
+    inner.get_placeholder_mask, last, layers[-1] = places, layers[-1], AtEnds(layers[-1], ends)
+    try: return model(**batch).logits[0]
+    finally: layers[-1] = last; del inner.get_placeholder_mask
+
+# %% ../nbs/31_engine.ipynb #6192f334
 def prefill(
     policy,   # Policy
     encodeds, # list of B Encoded
@@ -180,6 +211,8 @@ def prefill(
     even=None, # tokens of each block, 0: no blocks; None: what `even_size` says where flash attention is used and no gradient wanted
 ): # Prompts
     "Read prompts, each token once"
+    if any(e.features is not None and len(e.features) != e.n_video_tokens for e in encodeds):
+        raise ValueError("prefill: features must have one row for each visual token of a prompt: let `see` make them")
     segments, sees, chains, videos = prompt_plan(policy, encodeds)
     ids, positions = [e.input_ids[a:b] for e, a, b in segments], [e.position_ids[:, a:b] for e, a, b in segments]
     if even is None: even = even_size(list(map(len, ids))) if flashes(policy) and not torch.is_grad_enabled() and not any(sees) else 0
@@ -189,7 +222,7 @@ def prefill(
         sees, chains = [()]*len(ids), [(2*i,) for i, in chains]
     layout = Layout([len(o) for o in ids], sees, keep=keep, even=even)
     ends = sent(torch.tensor([layout.starts[c[-1] + 1] - 1 for c in chains]), policy.device)
-    logits = ready(policy, model)(**row_inputs(policy, ids, positions, layout, videos), logits_to_keep=ends).logits[0]
+    logits = logits_at(ready(policy, model), row_inputs(policy, ids, positions, layout, videos), ends)
     return Prompts(logits, replace(layout, cached=len(sees), keep=False, even=0), chains, encodeds)
 
 def not_numbers(
@@ -205,7 +238,7 @@ def seen(
     "The same prompts, each different pair of frames looked at once"
     return encodeds if all(e.features is not None for e in encodeds) else see(policy, encodeds)[0]
 
-# %% ../nbs/31_engine.ipynb #9471d1b4
+# %% ../nbs/31_engine.ipynb #a825f59c
 def split_segments(
     lengths, # tokens of each segment
     cuts,    # {segment: tokens}, where to cut it
@@ -240,7 +273,7 @@ def go_on(
     tail = [lengths[s] for s in first]
     batch = row_inputs(policy, [e.input_ids[a:] for e, a in zip(encodeds, tail, strict=True)],
                        [e.position_ids[:, a:] for e, a in zip(encodeds, tail, strict=True)], new)
-    logits = ready(policy, model)(**batch, logits_to_keep=ends).logits[0]
+    logits = logits_at(ready(policy, model), batch, ends)
     return Prompts(logits, replace(new, cached=len(new.lengths), keep=False), chains, encodeds, tail)
 
 # %% ../nbs/31_engine.ipynb #f2bfae89
@@ -535,7 +568,7 @@ def release(self:Decoder,
     self.done[left:self.n] = True; self.n = left
     return gone, found, order[:left]
 
-# %% ../nbs/31_engine.ipynb #360aa0bb
+# %% ../nbs/31_engine.ipynb #b53ba89d
 @patch
 def stepper(self:Decoder,
     model, # the transformers model
@@ -563,13 +596,14 @@ def write(self:Decoder,
     read,    # list of indices of prompts -> Prompts of these
     queue,   # list of indices of prompts in the order of admission
     numbers, # [B,G,T] uniform numbers; None: greedy
+    most,    # prompts in flight, no more than there are slots
 ): # {index: (ids [G,T], mask [G,T], logps [G,T])}
     "Answers to all prompts of a queue"
     queue, who, out, step, at_once = list(queue), [], {}, None, AT_ONCE[self.count.device.type]
     due = 0                                                             # steps until the last ones in have no room for more
     while queue or self.n:
-        if queue and self.n <= self.slots//2:
-            new, queue = queue[:self.slots - self.n], queue[self.slots - self.n:]
+        if queue and self.n <= most//2:
+            new, queue = queue[:most - self.n], queue[most - self.n:]
             prompts = read(new)
             if step is None: self.make_room(prompts); step = self.stepper(model)
             self.admit(prompts, range(len(new)), None if numbers is None else numbers[sent(torch.tensor(new), numbers.device)]); who += new
@@ -583,7 +617,13 @@ def write(self:Decoder,
         for _ in range(steps - ahead if self.n else 0): step()
     return out
 
-# %% ../nbs/31_engine.ipynb #c71a3b2f
+# %% ../nbs/31_engine.ipynb #4ed5f79f
+def room_for(
+    slots, # prompts in flight
+): # slots to make
+    "Slots of a decoder on a GPU, so that batches of nearly one size are stepped by the same graph"
+    return slots if slots < 8 else -(-slots//8)*8
+
 def decoder_for(
     policy,  # Policy
     model,   # what writes: its weights are those that a recorded step reads
@@ -599,7 +639,7 @@ def decoder_for(
     key, (last, d) = (G, T, how, torch.is_autocast_enabled("cuda"), weights), policy.__dict__.pop("_decoder", (None, None))
     if last != key or not slots <= d.slots <= 2*slots or d.columns < columns:
         last = d = None                                             # its memory first
-        d = Decoder(policy, slots, G, T, -(-columns//256)*256, *how)
+        d = Decoder(policy, room_for(slots), G, T, -(-columns//256)*256, *how)
     policy._decoder = key, d
     d.n = 0; d.done.fill_(True); d.broken.fill_(False)
     return d
@@ -671,7 +711,7 @@ def in_flight(
     room = room or (5 << 30 if policy.device.type == "cuda" else 1 << 28)
     return min(max(room//(token_bytes(policy)*(max(map(len, encodeds)) + answers)), 16), 128)
 
-# %% ../nbs/31_engine.ipynb #67dfe35a
+# %% ../nbs/31_engine.ipynb #2ae5ceef
 def sample(
     policy,           # Policy
     encodeds,         # list of B Encoded
@@ -691,14 +731,14 @@ def sample(
                          f"{G=} {max_new_tokens=} {batch_size=}; for the most likely answer set greedy=True")
     if not encodeds: raise ValueError("sample: need at least one Encoded, got an empty list")
     B, T = len(encodeds), max_new_tokens
-    numbers = None if greedy else (uniforms(seed, B, G, T) if numbers is None else numbers).to(policy.device)
     with inference(policy) as model:
         read = lambda new: prefill(policy, seen(policy, [encodeds[i] for i in new]), model) if prompts is None else prompts.part(new)
         slots = min(B, batch_size or in_flight(policy, encodeds, G*T))
         if prompts is None: encodeds = seen(policy, encodeds[:slots]) + encodeds[slots:]        # a GPU is busy while the rest is prepared
+        numbers = None if greedy else sent(uniforms(seed, B, G, T) if numbers is None else numbers, policy.device)
         ready(policy, model); writer = writer_for(policy, model)
         decoder = decoder_for(policy, writer, slots, G, T, max(map(len, encodeds)), temperature, top_p, greedy)
-        found = decoder.write(writer, read, range(B), numbers)
+        found = decoder.write(writer, read, range(B), numbers, slots)
     ids, mask, logps = (torch.stack([found[i][j] for i in range(B)]) for j in range(3))
     width = int(mask.any(0).any(0).sum())
     ids, logps, mask = ids[..., :width], logps[..., :width], mask[..., :width]

@@ -12,7 +12,7 @@ __all__ = ['WATCHED', 'OWN_REWARDS', 'RUN', 'MASK', 'WAYS', 'HINT', 'ALL', 'MASK
            'visits', 'duration', 'save_cells', 'run_cells', 'agent_needs', 'reflect_cells', 'estimate_cells',
            'train_cells', 'base', 'tune', 'own_rates', 'zero', 'partial_arms', 'partial', 'reflection', 'ablation_arms',
            'ablation', 'headline_arms', 'headline', 'masking', 'difficulty', 'sensitivity', 'program', 'listing',
-           'own_lab', 'only_some', 'can_be_built_on', 'run_program']
+           'as_before', 'own_lab', 'only_some', 'can_be_built_on', 'run_program']
 
 # %% ../nbs/64_experiments.ipynb #8d6d6aae
 import json
@@ -645,7 +645,7 @@ def train_cells(
                 out += [*need, replace(c, needs=tuple(n.name for n in need) + (("choice",) if lab.lrs and "lr" not in c.settings else ()))]
     return out
 
-# %% ../nbs/64_experiments.ipynb #093c49fa
+# %% ../nbs/64_experiments.ipynb #355feeab
 def base(lab:Lab, seeds=(), bases=())->list:
     "Bases of other recipes, trained here"
     return [Cell(name=f"base-{b}", kind="base", base=b) for b in bases or lab.recipes]
@@ -661,9 +661,9 @@ def own_rates(lab:Lab, seeds=(1000,), bases=(), budget=1000, methods=("timer1", 
     arms = {f"own-{m}-{lr:g}-{budget}": arm | dict(settings=dict(lr=lr)) for m,arm in zip(methods, headline_arms(budget, methods).values(), strict=True) for lr in lab.lrs["grpo"]}
     return train_cells(lab, arms, seeds, bases, tests=("val",))
 
-def zero(lab:Lab, seeds=(), bases=(), tests=("val", "test"))->list:
-    "The bases as they are"
-    return [Cell(name=f"zero-{b}", kind="zero", base=b, tests=tuple(tests)) for b in bases or lab.bases]
+def zero(lab:Lab, seeds=(), bases=(), tests=("val", "test"), tag="")->list:
+    "The bases as they are; `tag` names cells of tests that came later"
+    return [Cell(name=f"zero{'-' + tag if tag else ''}-{b}", kind="zero", base=b, tests=tuple(tests)) for b in bases or lab.bases]
 
 # %% ../nbs/64_experiments.ipynb #bba70635
 def partial_arms(
@@ -689,7 +689,7 @@ def reflection(lab:Lab, seeds=(), bases=(), looks=("",), world="contaminated")->
     "Passes of BRA, in other ways too; nothing is trained"
     return [c for b in bases or lab.bases for o in looks for c in reflect_cells(lab, b, world, look=o)]
 
-# %% ../nbs/64_experiments.ipynb #2aabbb8c
+# %% ../nbs/64_experiments.ipynb #54ae0932
 def ablation_arms(
     budget:int, # samples
 )->dict: # name -> Cell fields
@@ -713,7 +713,7 @@ def headline_arms(
     "One point of each curve"
     every = dict(sft=dict(method="sft"), grpo={}, timer1=dict(select="gaussian"), timelens=dict(select="timelens"), variance=dict(select="variance"),
                  videotg=dict(filter="bra", select="videotg" if budget else "random", curriculum=MASK),
-                 bra=dict(filter="bra"), oracle=dict(filter="oracle"), random=dict(filter="random"), clean=dict(contamination=0.), again={})     # again: GRPO once more, for other tests
+                 bra=dict(filter="bra"), oracle=dict(filter="oracle"), random=dict(filter="random"), clean=dict(contamination=0.), again={}, sparse={})     # again, sparse: GRPO once more, for other tests
     named = {m: f"grpo-bra-sel-mask-{budget}" if m == "videotg" and budget else f"{m}-{budget or 'all'}" for m in methods}
     return {named[m]: dict(budget=budget, **every[m]) for m in methods}
 
@@ -751,7 +751,7 @@ def masking(lab:Lab, seeds=(0,), bases=(), budget=1600, masks=tuple(MASKS), cont
     arms = {f"mask-{k}{end}": common | v | dict(settings={**(settings or {}), **v.get("settings", {})}) for k,v in arms.items()}
     return train_cells(lab, arms, seeds, bases, tests=tuple(tests))
 
-# %% ../nbs/64_experiments.ipynb #ed57dd99
+# %% ../nbs/64_experiments.ipynb #d3e63764
 def difficulty(lab:Lab, seeds=(0, 1), bases=(), world="contaminated")->list:
     "Passes of the difficulty agent with several seeds; nothing is trained"
     return [c for seed in seeds for b in bases or lab.bases for c in estimate_cells(lab, b, world, seed)]
@@ -760,10 +760,10 @@ SENSITIVE = {"G4": dict(G=4), "G16": dict(G=16), "beta04": dict(beta=.04), "time
              "batch-scale": dict(scale_rewards="batch"), "dr_grpo": dict(loss_type="dr_grpo", scale_rewards="none"), "lr-half": dict(lr_times=.5),
              "lr-twice": dict(lr_times=2.), "steps-twice": dict(steps_times=2.)}
 
-def sensitivity(lab:Lab, seeds=(0,), bases=(), budget=1000, choices=None, filter="none", tests=("val",))->list:
+def sensitivity(lab:Lab, seeds=(0,), bases=(), budget=1000, choices=None, filter="none", method="grpo", tests=("val",))->list:
     "One choice changed at a time, or other choices by name, judged on the validation world"
     arms = {"none": {}, **SENSITIVE} if choices is None else choices
-    return train_cells(lab, {f"sens-{k}-{budget}": dict(budget=budget, filter=filter, settings=v) for k,v in arms.items()}, seeds, bases, tests=tuple(tests))
+    return train_cells(lab, {f"sens-{k}-{budget}": dict(budget=budget, filter=filter, method=method, settings=v) for k,v in arms.items()}, seeds, bases, tests=tuple(tests))
 
 EXPERIMENTS = dict(base=base, tune=tune, own_rates=own_rates, zero=zero, partial=partial, reflection=reflection, ablation=ablation, headline=headline, masking=masking, difficulty=difficulty,
                    sensitivity=sensitivity)
@@ -798,7 +798,15 @@ def listing(
         out.append(dict(part=f"{p['experiment']} {words}".strip(), cells=len(new), trainings=len(train), prompts=sum(visits(lab, c) for c in train), left=sum(c.name not in done for c in new)))
     return out
 
-# %% ../nbs/64_experiments.ipynb #9ec4316a
+# %% ../nbs/64_experiments.ipynb #b75bb3d3
+def as_before(
+    now:dict, # Lab fields
+    then:dict, # Lab fields of an earlier time
+)->dict: # Lab fields without the worlds, looks and recipes that are new
+    "What a lab was before it grew"
+    new = {k: set(now[k]) - set(then[k]) for k in ("worlds", "looks", "recipes")}
+    return now | {k: {n: v for n,v in now[k].items() if n not in names} for k,names in (new | dict(frames=new["worlds"])).items()}
+
 def own_lab(
     lab:Lab,
     out, # folder of the program; gets lab.json
@@ -806,7 +814,7 @@ def own_lab(
     "Claim a folder for a lab, or refuse one that holds cells of another"
     mine = json.loads(json.dumps(to_params(replace(lab, device="auto", bases=dict.fromkeys(lab.bases, "")))))
     path = Path(out)/"lab.json"
-    if path.exists() and (changes := differences(json.loads(path.read_text()), mine)):
+    if path.exists() and (changes := differences(then := json.loads(path.read_text()), as_before(mine, then))):
         raise ValueError(f"own_lab: {out} holds cells of another lab ({'; '.join(changes)[:600]}): take another folder")
     write_atomic(path, json.dumps(mine, indent=1))
 

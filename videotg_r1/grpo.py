@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LOSSES', 'GRPOSettings', 'reward_parts', 'check_grpo', 'part_size', 'own_answers', 'grpo_args', 'View', 'VideoGRPO',
-           'reference', 'reward_column', 'answers', 'pass_flops', 'pieces', 'grpo_trainer_class', 'train_grpo',
-           'check_sample']
+           'reference', 'reward_column', 'answers', 'pass_flops', 'pieces', 'dead_groups', 'grpo_trainer_class',
+           'train_grpo', 'check_sample']
 
 # %% ../nbs/51_grpo.ipynb #a75e7df6
 from dataclasses import dataclass, field
@@ -190,7 +190,7 @@ class View:
         "Which answers were sampled from something else than they are trained on"
         return [self.hinted or (g == G - 1 and self.hint is not None) for g in own]
 
-# %% ../nbs/51_grpo.ipynb #08d752c3
+# %% ../nbs/51_grpo.ipynb #ef4c8c5c
 class VideoGRPO(RunTrainer):
     "What GRPO on videos changes in TRL's trainer"
     def __init__(self,
@@ -211,7 +211,7 @@ class VideoGRPO(RunTrainer):
         self.frozen = bool(cfg.freeze_vision or cfg.lora_r)
         self.local = args.per_device_train_batch_size*args.steps_per_generation
         self.own = own_answers(self.local, cfg.G, args.process_index)
-        self._rows = self._sampled = self._live = self._prompts = None
+        self._rows = self._sampled = self._live = self._prompts = self._dead = self._unscorable = None
         ref, args.beta = reference(policy, cfg), 0.
         super().__init__(model=unwrap(policy.model) if model is None else model, args=args, processing_class=policy.tokenizer,
             reward_funcs=[reward_column(name, self.samples, cfg, (reward_fns or {}).get(name)) for name in reward_parts(cfg)],
@@ -293,7 +293,7 @@ def seen(self:VideoGRPO,
     of = dict(zip(asked, found, strict=True))
     return [View(v.sample, of[id(v.drawn)], of[id(v.trained)], v.info, of.get(id(v.hint))) for v in views]
 
-# %% ../nbs/51_grpo.ipynb #7f566747
+# %% ../nbs/51_grpo.ipynb #bd7ee36a
 @patch
 def _generate_and_score_completions(self:VideoGRPO, inputs):
     "TRL's, on this step's views"
@@ -305,6 +305,10 @@ def _generate_and_score_completions(self:VideoGRPO, inputs):
     self.count(unreadable=sum(v.sample.qid != q for v, q in zip(self.views, qids, strict=True))*(0 in self.own))
     inputs = [dict(x, qid=self.views[i//n].sample.qid) for i, x in enumerate(inputs)]
     out = super(VideoGRPO, self)._generate_and_score_completions(inputs)
+    first = self.accelerator.process_index*len(inputs)
+    dead = self._dead.repeat_interleave(self.cfg.G)[first:first + len(inputs)]
+    out["advantages"] = out["advantages"].masked_fill(dead.to(out["advantages"].device), 0.)
+    self._metrics["train"]["frac_reward_zero_std"][-1] = (self._dead & ~self._unscorable).float().mean().item()
     out["view"] = torch.arange(len(inputs))//n
     out["foreign"] = torch.tensor([f for v in self.views for f in v.foreign(self.own, self.cfg.G)])
     return out
@@ -520,7 +524,16 @@ def _compute_loss(self:VideoGRPO, model, inputs):
     try: return super(VideoGRPO, self)._compute_loss(model, inputs)
     finally: self._rows = self._foreign = self._sampled = self._old = self._live = self._prompts = None
 
-# %% ../nbs/51_grpo.ipynb #04231986
+# %% ../nbs/51_grpo.ipynb #acae8d9d
+def dead_groups(
+    total, # [P,G] rewards, NaN where unscorable
+): # [P] bool, True where no two scorable answers differ
+    "Groups whose rewards are all equal, to the rounding of 32 bits"
+    import torch
+    low, high = total.nan_to_num(torch.inf).amin(1), total.nan_to_num(-torch.inf).amax(1)
+    return high - low <= 1e-6*torch.maximum(low.abs(), high.abs())
+
+# %% ../nbs/51_grpo.ipynb #d85a0ade
 @patch
 def _calculate_rewards(self:VideoGRPO, inputs, prompts, completions, completion_ids_list):
     "TRL's, then what groups and curriculum say"
@@ -529,14 +542,14 @@ def _calculate_rewards(self:VideoGRPO, inputs, prompts, completions, completion_
     parts = super(VideoGRPO, self)._calculate_rewards(inputs, prompts, completions, completion_ids_list)
     total = (parts*self.reward_weights.to(parts.device)).nansum(1).masked_fill(parts.isnan().all(1), torch.nan)
     total = total.view(-1, self.num_generations).cpu()
-    self._metrics["train"]["groups/unscorable"].append(total.isnan().all(1).float().mean().item())
-    dead, m = ~((total - total.nanmean(1, keepdim=True)).abs() > 1e-8).any(1), self._metrics["train"]
+    self._dead, self._unscorable, m = dead_groups(total), total.isnan().all(1), self._metrics["train"]
+    m["groups/unscorable"].append(self._unscorable.float().mean().item())
     facts = gather_object([dict(qid=v.sample.qid, bin=self.bins.get(v.sample.qid), **v.info) for v in self.views])
     n = self.num_generations//len(self.own)                              # processes that share a group
     assert all(facts[i::n] == facts[::n] for i in range(n)), f"processes that share groups saw different prompts: {facts}"
     facts = facts[::n]
     for b in sorted({f["bin"] for f in facts if f["bin"]}):
-        m[f"dead_groups/{b}"].append(mean([d for d, f in zip(dead.tolist(), facts, strict=True) if f["bin"] == b]))
+        m[f"dead_groups/{b}"].append(mean([d for d, f in zip(self._dead.tolist(), facts, strict=True) if f["bin"] == b]))
     if self.curriculum is not None: self.tell(facts, total)
     return parts
 

@@ -9,7 +9,8 @@ __all__ = ['FAMILIES', 'VISION_TOKENS', 'SPECIAL_TOKENS', 'TAGS', 'CHAT_TEMPLATE
            'build_policy', 'chunk_attention', 'even_chunks', 'uneven_chunks', 'MatmulPatches', 'tower_plan',
            'FeatureTower', 'WideMLP', 'fast_classes', 'prepare', 'random_policy', 'Encoded', 'chat_parts',
            'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'FeatureStore', 'hashers', 'pair_keys',
-           'tower_pass', 'see', 'no_bars', 'save_policy', 'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
+           'beside', 'tower_pass', 'see', 'no_bars', 'save_policy', 'resolve_name', 'read_extra', 'read_pixels',
+           'load_policy']
 
 # %% ../nbs/30_policy.ipynb #1a5f45f5
 import itertools
@@ -670,7 +671,7 @@ def put(self:FeatureStore,
             if over <= 0: break
             self.base.execute("delete from pairs where key = ?", (key,)); over -= size
 
-# %% ../nbs/30_policy.ipynb #a10551cd
+# %% ../nbs/30_policy.ipynb #e730d44a
 @cache
 def hashers(
     process, # id of this process: a fork of it has no threads yet
@@ -690,6 +691,13 @@ def pair_keys(
         size = e.grid_thw[0, 1:].tolist()
         yield e.keys or [(*size, next(found)) for _ in clip]
 
+@cache
+def beside(
+    device, # a GPU
+): # stream
+    "Where pixels come in while the tower works"
+    return torch.cuda.Stream(device)
+
 def tower_pass(
     policy, # Policy
     pairs,  # list of [2,H,W,3] uint8, all of one size, at most `width`
@@ -697,9 +705,12 @@ def tower_pass(
 ): # [n,tokens,D] features, deepstack beside them
     "Take pairs of frames through the vision tower"
     tower, blank = unwrap(policy.model).model.visual, [torch.zeros_like(pairs[0])]*(width - len(pairs))
-    n, *size = pairs[0].shape
-    x = torch.empty(n*width, *size, dtype=torch.uint8, pin_memory=policy.device.type == "cuda")      # from there a GPU fetches by itself
-    x, grid = to_patches(torch.cat([*pairs, *blank], out=x).to(policy.device, non_blocking=True), policy.processor)
+    (n, *size), dev = pairs[0].shape, policy.device
+    x = torch.cat([*pairs, *blank], out=torch.empty(n*width, *size, dtype=torch.uint8, pin_memory=dev.type == "cuda")) # from there a GPU fetches by itself
+    if dev.type == "cuda":
+        with torch.cuda.stream(beside(dev)): x = x.to(dev, non_blocking=True)
+        torch.cuda.current_stream(dev).wait_stream(beside(dev)); x.record_stream(torch.cuda.current_stream(dev))
+    x, grid = to_patches(x, policy.processor)
     out = tower(x.to(tower.dtype), grid_thw=torch.tensor([grid]))
     rows = torch.cat([out.pooler_output, *(getattr(out, "deepstack_features", None) or ())], -1)
     return rows.view(width, -1, rows.shape[-1])[:len(pairs)]
@@ -743,7 +754,7 @@ def no_bars(
     finally:
         if hide: logging.enable_progress_bar()
 
-# %% ../nbs/30_policy.ipynb #2c587a0c
+# %% ../nbs/30_policy.ipynb #ae86b8c3
 def save_policy(
     policy,     # Policy; adapters are not merged: merge them first
     folder,     # where to write
@@ -754,7 +765,7 @@ def save_policy(
     if any(".lora_" in n for n, _ in model.named_parameters()): raise ValueError(
         "save_policy: the model carries LoRA adapters: first set policy.model = policy.model.merge_and_unload()")
     folder.mkdir(parents=True, exist_ok=True)
-    with no_bars(): (model if dtype in (None, model.dtype) else deepcopy(model).to(dtype)).save_pretrained(folder)
+    with no_bars(): (model if dtype in (None, model.dtype) else deepcopy(model).to(dtype)).save_pretrained(folder, max_shard_size="2GB")  # files that can be hashed side by side
     policy.tokenizer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"): file.chmod(0o644)  # transformers writes them readable by the owner alone
     pixels = {"patch_size": spec.patch, "merge_size": spec.merge, "temporal_patch_size": spec.frames_per_pair,

@@ -227,7 +227,7 @@ def price(
     "What a run will cost, in the unit that is paid for"
     return Finding("note", "cost", f"you are about to spend about {seconds/3600:.{0 if seconds > 36000 else 1}f} GPU-hours ({card})")
 
-# %% ../nbs/81_preflight.ipynb #e6352aa0
+# %% ../nbs/81_preflight.ipynb #2b39601e
 def estimates(
     jobs, # of Job, parameters resolved
     sizes:dict, # of `check_data`
@@ -246,11 +246,12 @@ def estimates(
     if not found: return out
     known = sizes["train"] + sizes["heldout"] > 0
     worst, total = max(found, key=lambda o: o.gb), sum(o.seconds*o.gpus for o in found)
-    if lost: out.append(Finding("missing", "memory", f"no GPU here, and this run needs one with about {worst.gb:.0f} GB for {worst.name} ({worst.how})"))
+    if lost: out.append(Finding("missing", "memory", f"no GPU here: on a single one {worst.name} would need about {worst.gb:.0f} GB ({worst.how}). "
+                            "To plan for the machine that will run it, say what it has, as --gpus 8 --card H100"))
     else: out.append(Finding("ok", "memory", f"about {worst.gb:.1f} GB for {worst.name} ({worst.how}), {card.gb:.0f} GB {'memory' if cpu else f'GPU memory on {name}'}"))
-    tight = [o for o in found if o.gb > card.gb]
-    if not lost: out = out[:-1]*bool(tight) + out*(not tight)
-    out += [Finding("missing", "memory", f"{o.name} does not fit: about {o.gb:.0f} of {card.gb:.0f} GB ({o.how}): {o.advice}") for o in tight if not lost or o.advice]
+    tight = [] if lost else [o for o in found if o.gb > card.gb]
+    if tight: out = out[:-1]
+    out += [Finding("missing", "memory", f"{o.name} does not fit: about {o.gb:.0f} of {card.gb:.0f} GB ({o.how}): {o.advice}") for o in tight]
     out += [Finding("note", "stage", f"{o.name}: {'at most ' if o.name == 'reflect' else ''}{duration_text(o.seconds)} on {o.gpus} {'process' if cpu and not lost else 'GPU'}{'s'*(o.gpus > 1)}, {o.gb:.1f} GB each") for o in found if known]
     if not known: return [*out, Finding("note", "time", "no sample was found, so nothing is known about time; memory is that of a minute of video")]
     if not cpu or lost: out.append(price(total, f"{name}, if there were one" if lost else name))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TRL_VERSION', 'SEAL', 'NO_CHOICE', 'LORA_LAYERS', 'MOST_BAD', 'RECORDED', 'check_trl', 'quiet', 'prompt_order',
-           'seal', 'sealed', 'damage', 'plain_disk_errors', 'world_size', 'is_first', 'weights_digest',
+           'digests', 'seal', 'sealed', 'damage', 'plain_disk_errors', 'world_size', 'is_first', 'weights_digest',
            'samples_digest', 'claim', 'run_meta', 'History', 'read_sample', 'Pool', 'checkpoints', 'remove',
            'last_checkpoint', 'prune', 'load_weights', 'fsdp', 'zero_stage', 'sharded', 'cut_up', 'check_launch',
            'learner', 'gathered', 'bring_home', 'keep_precision', 'lora_config', 'set_trainable', 'common_args',
@@ -12,7 +12,7 @@ __all__ = ['TRL_VERSION', 'SEAL', 'NO_CHOICE', 'LORA_LAYERS', 'MOST_BAD', 'RECOR
            'zero_rows', 'link_states', 'with_empty', 'in_one_piece', 'share', 'put', 'take_apart', 'own_checkpoints',
            'out_of_memory', 'borrowed', 'train_run', 'summary']
 
-# %% ../nbs/49_training.ipynb #970ae51c
+# %% ../nbs/49_training.ipynb #de837359
 import contextlib
 import copy
 import errno
@@ -26,6 +26,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -84,19 +85,28 @@ def prompt_order(
     passes = [np.random.default_rng([seed, k]).permutation(n) for k in range(-(-total//n))]
     return np.concatenate([np.empty(0, np.int64), *passes])[:total].astype(np.int64)
 
-# %% ../nbs/49_training.ipynb #6bdf6e58
+# %% ../nbs/49_training.ipynb #d97276b3
 SEAL = "complete.json"
+
+def digests(
+    paths, # list of Path, files
+)->list: # of str, sha256
+    "Checksums, several at a time where there is much to read: hashing lets go of the interpreter"
+    def one(path):
+        with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+    if sum(p.stat().st_size for p in paths) < 1 << 28: return [*map(one, paths)]
+    with ThreadPoolExecutor(8) as pool: return [*pool.map(one, paths)]
 
 def seal(
     folder, # finished folder of files
     info:dict, # json-able facts to find again
 ): # None
     "Mark a folder as complete"
-    folder, files = Path(folder), {}
-    for p in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL):
-        with open(p, "rb") as f:
-            os.fsync(f.fileno())
-            files[str(p.relative_to(folder))] = [p.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+    folder = Path(folder)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != SEAL)
+    for p in paths:
+        with open(p, "rb") as f: os.fsync(f.fileno())
+    files = {str(p.relative_to(folder)): [p.stat().st_size, sha] for p, sha in zip(paths, digests(paths), strict=True)}
     write_atomic(folder/SEAL, json.dumps(dict(info=info, files=files)))
 
 def sealed(
@@ -110,12 +120,12 @@ def damage(
     folder, # a sealed folder
 )->str: # the first file that is not as it was sealed; "" where all are
     "Whether a complete folder still holds what was sealed"
-    for name, (size, sha) in json.loads((Path(folder)/SEAL).read_text())["files"].items():
-        p = Path(folder)/name
-        if not p.is_file() or p.stat().st_size != size: return name
-        with open(p, "rb") as f:
-            if hashlib.file_digest(f, "sha256").hexdigest() != sha: return name
-    return ""
+    folder = Path(folder)
+    files = json.loads((folder/SEAL).read_text())["files"]
+    for name, (size, _) in files.items():
+        if not (folder/name).is_file() or (folder/name).stat().st_size != size: return name
+    found = digests([folder/name for name in files])
+    return next((name for (name, (_, sha)), now in zip(files.items(), found, strict=True) if now != sha), "")
 
 # %% ../nbs/49_training.ipynb #d8e239fc
 @contextlib.contextmanager
