@@ -1233,7 +1233,7 @@ def robust_report(ev:Evidence)->str:
         (f"Not run: these choices on {' and '.join(missing)}. " if (missing := [b for b in ev.bases if arms and not ev.on(b).runs(arms.get('default', ('',))[0], "val")]) else "")
         + "A quarter of the rates on the whole pool; combinations of choices; more steps, where a divergence term or smaller groups may begin to matter.")
 
-# %% ../nbs/78_evidence.ipynb #bdaf006d
+# %% ../nbs/78_evidence.ipynb #d1af6ed8
 def forest(
     rows, # (words, {(base, seed): [N]}, {(base, seed): [N]} of the control; number of each query's video, where it is not two a video)
     xlabel="difference in mIoU", # of the axis
@@ -1252,7 +1252,7 @@ def forest(
                 ax.plot(d["diff"], i, "o", color=".15", ms=5)
             ax.axvline(0, color=".5", lw=1, ls="--"); ax.grid(axis="y", visible=False); ax.locator_params(axis="x", nbins=6)
             ax.set_xlabel(f"{label}\ndots: runs, s0 blue, others orange")
-        ax.set_yticks(range(len(names)), names); ax.invert_yaxis()
+        ax.set_yticks(range(len(names)), names); ax.set_ylim(len(names) - .4, -.6)
     return fig
 
 def pairs_of(ev:Evidence, arms, test="test"):
