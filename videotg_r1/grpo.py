@@ -447,7 +447,7 @@ def _get_per_token_logps_and_entropies(self:VideoGRPO, model, input_ids, attenti
     if self._rows is not None: self.check_parity(logps.detach(), mask); logps = self.weighted(logps, mask)
     return logps, entropies if compute_entropy else None, None
 
-# %% ../nbs/51_grpo.ipynb #1fbb2955
+# %% ../nbs/51_grpo.ipynb #587a68d4
 @patch
 def score(self:VideoGRPO,
     model, # what to score with: the policy, possibly wrapped, or the reference
@@ -463,7 +463,7 @@ def score(self:VideoGRPO,
     on = list(range(len(ids)))
     if live is not None: on = [i for i in on if live[i].any()] or [0]
     encs = [encodeds[i] for i in on]
-    once = self._prompts if torch.is_grad_enabled() and len(encodeds) == len(self.views) else None
+    once = self._prompts if torch.is_grad_enabled() and len(encodeds) == len(self.views) and mask[on].any() else None # no token: nothing flows back
     read = partial(token_logps, self.policy, encs, temperature=self.temperature, model=model, with_entropy=True, prompts=once and once.part(on))
     with self.accelerator.autocast():
         in_piece = self.at_once and torch.is_grad_enabled()

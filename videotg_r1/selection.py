@@ -111,7 +111,7 @@ def videotg_weights(
     "Ours: a floor plus the spread of the answers"
     return cfg.spread_floor + variance_weights(samples, diffs, cfg)
 
-# %% ../nbs/42_selection.ipynb #062e1fbf
+# %% ../nbs/42_selection.ipynb #eda678cc
 def quotas(
     n:int, # samples to place, 0 or more
     mix:dict, # bin -> share, adding up to 1
@@ -119,14 +119,9 @@ def quotas(
 ): # {bin: number to take}, adding up to min(n, all available)
     "Split a budget over bins by shares, never beyond what a bin has"
     got = dict.fromkeys(mix, 0)
-    while (left := n - sum(got.values())) > 0:
+    for _ in range(min(n, sum(available.get(b, 0) for b in mix))):
         open_ = [b for b in mix if got[b] < available.get(b, 0)]
-        if not open_: break
-        share = {b: mix[b] for b in open_} if any(mix[b] for b in open_) else dict.fromkeys(open_, 1.)
-        want = {b: left * share[b] / sum(share.values()) for b in open_}
-        add = {b: min(int(want[b]), available[b] - got[b]) for b in open_}
-        if not any(add.values()): add = {max(open_, key=lambda b: want[b] - int(want[b])): 1}
-        for b, k in add.items(): got[b] += k
+        got[max(open_, key=lambda b: (mix[b]/(2*got[b] + 1), -got[b]))] += 1
     return got
 
 # %% ../nbs/42_selection.ipynb #9352c697
