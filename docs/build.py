@@ -198,7 +198,7 @@ def headline(folder):
     text = (ROOT/"reports"/folder/"README.md").read_text(encoding="utf-8")
     claim = next(p for p in text.split("\n\n")[1:] if p.strip() and not p.startswith(("#", "!", "|")))
     write("generated/headline.md", f"{claim}\n\n![Held-out mIoU against the number of training samples](results/{folder}/figure.png)\n\n"
-          f"[All of it](results/{folder}/README); what a laptop measures in ten minutes is in the [quick start](results/2026-11-22_quickstart/README).\n")
+          f"[All of it](results/{folder}/README); what a laptop measures in ten minutes is in the [quick start](results/2026-11-23_quickstart/README).\n")
 
 
 def results():

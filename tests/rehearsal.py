@@ -208,7 +208,7 @@ def measured(folder, trace):
             steps = [json.loads(o) for o in h.read_text().splitlines()]
             row["steps"] = [{k: o.get(k) for k in ("step", "elapsed_s", "step_time", "loss", "reward", "grad_norm", "at_once")} for o in steps]
         rows.append(row)
-    return dict(sizes={k: v for k, v in sizes.items() if not isinstance(v, dict)}, shared=config["shared"], rows=rows, grown=[(round(t - trace.begun, 1), p, n) for t, p, n in trace.grown],
+    return dict(sizes=sizes, shared=config["shared"], rows=rows, grown=[(round(t - trace.begun, 1), p, n) for t, p, n in trace.grown],
                 trace=[(round(t - trace.begun, 1), u[FIRST], m[FIRST]) for t, u, m in trace.rows])
 
 

@@ -197,7 +197,7 @@ def hostile_facts(evil):
         if isinstance(o, dict): return {k: poison(v, k) for k, v in o.items()}
         if isinstance(o, list): return [poison(v, key) for v in o]
         return f"{evil} {o}" if isinstance(o, str) and key not in ("key", "stage", "verdict") else o
-    f = json.loads((ROOT/"reports/2026-11-22_quickstart/metrics.json").read_text())
+    f = json.loads((ROOT/"reports/2026-11-23_quickstart/metrics.json").read_text())
     f = poison(f) | dict(quarantine=[dict(video=evil, reason=evil, decoder=evil, sha256=evil)])
     look = dict(qid=evil, query=evil, truth=[[1., 2.]], said=[1., 2.], iou=.5, error=evil, reason=f"{evil}: more", raw=evil)
     f["failures"]["samples"] = {k: dict(worst=[look], median=[look]) for k in (f["failures"]["model"], evil)}  # keys of a poisoned dict are its values elsewhere

@@ -203,7 +203,7 @@ def test_small_fixtures():
 
 def test_readme_numbers_are_those_of_the_report():
     text = (ROOT/"README.md").read_text()
-    facts = json.loads((ROOT/"reports/2026-11-22_quickstart/metrics.json").read_text())
+    facts = json.loads((ROOT/"reports/2026-11-23_quickstart/metrics.json").read_text())
     assert [r["name"] for r in facts["results"]][:2] == ["query-blind", "zero-shot"]
     for r in facts["results"]:
         row = next(line for line in text.splitlines() if line.startswith(f"| {r['name']} |"))

@@ -67,8 +67,9 @@ def rows_of(out): return History(out["history"]).rows()
 
 
 # ---------------------------------------------------------------- one update, two ways
-def advantages(rewards):
-    return (rewards - rewards.mean(1, keepdim=True))/(rewards.std(1, keepdim=True) + 1e-4)
+def advantages(rewards, scale="group"):
+    spread = {"group": rewards.std(1, keepdim=True), "batch": rewards.std(), "none": 1 - 1e-4}[scale]
+    return (rewards - rewards.mean(1, keepdim=True))/(spread + 1e-4)
 
 
 def plain_update(world, cfg):
@@ -78,11 +79,14 @@ def plain_update(world, cfg):
     encs = [encode(policy, read_sample(s, spec_for(policy), cache), grpo.task_prompt(s)) for s in chosen]
     seeds = [int(fingerprint([cfg.seed, 0, s.qid]), 16) for s in chosen]
     r = sample(policy, encs, G=cfg.G, max_new_tokens=cfg.max_completion_length, seed=seeds)
-    adv = advantages(torch.tensor([[letters(t, None) for t in g] for g in r.texts]))
+    adv = advantages(torch.tensor([[letters(t, None) for t in g] for g in r.texts]), cfg.scale_rewards)
     logps = token_logps(policy, encs, r.ids, r.mask, packed=False)
     terms, m = -(logps - logps.detach()).exp()*adv[..., None], r.mask.float()
+    likely = -logps*adv[..., None]                                    # on policy the weights of cispo and vespo are 1
     loss = {"grpo": lambda: ((terms*m).sum(-1)/m.sum(-1)).mean(), "bnpo": lambda: (terms*m).sum()/m.sum(),
-            "dapo": lambda: (terms*m).sum()/m.sum(),
+            "dapo": lambda: (terms*m).sum()/m.sum(), "cispo": lambda: (likely*m).sum()/m.sum(), "vespo": lambda: (likely*m).sum()/m.sum(),
+            "luspo": lambda: (terms*m).sum(-1).mean(),
+            "sapo": lambda: ((terms*m).sum(-1)/m.sum(-1)).mean(),     # its sigmoid has the slope of the ratio where that is 1
             "dr_grpo": lambda: (terms*m).sum()/(m[..., 0].numel()*cfg.max_completion_length)}[cfg.loss_type]()
     loss.backward()
     with torch.no_grad():
@@ -94,9 +98,10 @@ def plain_update(world, cfg):
 def gap(a, b): return max(float((x - y).abs().max()) for x, y in zip(a.model.state_dict().values(), b.model.state_dict().values(), strict=True))
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
-def test_one_step_is_the_plain_one(world, tmp_path, loss_type):
-    cfg = settings(steps=1, loss_type=loss_type, optim="sgd", max_grad_norm=0.)
+@pytest.mark.parametrize(("loss_type", "scale"), [("grpo", "group"), ("dapo", "batch"), ("dr_grpo", "none"), ("bnpo", "group"), ("cispo", "group"),
+                                                  ("sapo", "batch"), ("luspo", "none"), ("vespo", "group")])
+def test_one_step_is_the_plain_one(world, tmp_path, loss_type, scale):
+    cfg = settings(steps=1, loss_type=loss_type, scale_rewards=scale, epsilon_high=5. if loss_type == "cispo" else .2, optim="sgd", max_grad_norm=0.)
     ours, out = run(world, tmp_path, cfg)
     plain, _ = plain_update(world, cfg)
     assert gap(ours, random_policy()) > 1e-4, "the step must move the weights"
@@ -128,6 +133,24 @@ def test_dead_groups_cost_nothing_and_change_nothing(world, tmp_path):
     (_, a), (_, b) = out[True], out[False]
     assert a["frac_reward_zero_std"] == b["frac_reward_zero_std"] == .5
     assert a["total/flops"] < .7*b["total/flops"] and abs(a["loss"] - b["loss"]) < 1e-6
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
+def test_equal_rewards_are_equal_whatever_their_mean_rounds_to(world, tmp_path, loss_type):
+    "The mean of eight times .9 is not .9 in 32 bits: what is left must neither teach nor count as a preference"
+    assert (torch.full((8,), .9).mean() != torch.tensor(.9)).item()
+    same = {"letters": lambda text, s: .9}
+    for scale in ("group", "none"):
+        cfg = settings(steps=1, G=8, loss_type=loss_type, scale_rewards=scale, optim="sgd", lr=1., max_grad_norm=0.)
+        policy, out = run(world, tmp_path/scale, cfg, reward_fns=same)
+        assert gap(policy, random_policy()) == 0 and rows_of(out)[0]["frac_reward_zero_std"] == 1
+
+
+@pytest.mark.parametrize("beta", [0., .1])
+def test_a_step_whose_answers_are_all_cut_off_moves_nothing(world, tmp_path, beta):
+    policy, out = run(world, tmp_path, settings(steps=1, max_completion_length=2, mask_truncated=True, beta=beta, optim="sgd"))
+    row = rows_of(out)[0]
+    assert row["completions/clipped_ratio"] == 1 and row["loss"] == 0 and gap(policy, random_policy()) == 0
 
 
 # ---------------------------------------------------------------- options keep working

@@ -47,7 +47,7 @@ from videotg_r1.training import (
     world_size,
 )
 
-# %% ../nbs/51_grpo.ipynb #bd000d6a
+# %% ../nbs/51_grpo.ipynb #5dd62d23
 @settings
 class GRPOSettings:
     "All choices of a GRPO run"
@@ -70,7 +70,7 @@ class GRPOSettings:
     beta:float = 0. # weight of the divergence from the starting policy; 0: no reference model
     kl_correction:bool = False # weight that divergence by the importance ratio
     epsilon:float = .2 # lower clip of the ratio
-    epsilon_high:float = .2 # upper clip of the ratio
+    epsilon_high:float = .2 # upper clip of the ratio, at 1 plus this; cispo: the largest weight itself, at least 1 (ScaleRL takes 5)
     lr:float = 1e-6 # highest learning rate
     schedule:str = "constant" # linear, cosine, constant, constant_with_warmup
     warmup_steps:int = 0 # steps to reach `lr`
@@ -103,7 +103,7 @@ def reward_parts(
     "The parts of the reward and their weights"
     return reward_weights(cfg.rewards) if isinstance(cfg.rewards, str) else dict(cfg.rewards)
 
-# %% ../nbs/51_grpo.ipynb #9b966b8f
+# %% ../nbs/51_grpo.ipynb #fc841c3d
 LOSSES = ("grpo", "dapo", "dr_grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
 
 def check_grpo(
@@ -117,6 +117,8 @@ def check_grpo(
     need(cfg.prompts_per_step >= 1, f"prompts_per_step must be at least 1, got {cfg.prompts_per_step}")
     need(cfg.temperature > 0 and 0 < cfg.top_p <= 1, f"temperature must be positive and top_p in (0,1], got {cfg.temperature}, {cfg.top_p}")
     need(cfg.loss_type in LOSSES, f"loss_type must be one of {LOSSES}, got {cfg.loss_type!r}")
+    need(cfg.loss_type != "cispo" or cfg.epsilon_high >= 1, f"epsilon_high must be at least 1 with loss_type='cispo', whose largest weight of a token "
+         f"it is (ScaleRL takes 5), got {cfg.epsilon_high}: every token would weigh that")
     need(cfg.scale_rewards in ("group", "batch", "none"), f"scale_rewards must be group, batch or none, got {cfg.scale_rewards!r}")
     need(cfg.importance_sampling_level in ("token", "sequence"),
          f"importance_sampling_level must be token or sequence, got {cfg.importance_sampling_level!r}")

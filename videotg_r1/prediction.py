@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STAMP_TOKENS', 'PUBLISHED', 'TEXT_TOKENS', 'ANSWER_TOKENS', 'CARDS', 'RATES', 'ModelSize', 'size_of', 'published',
-           'Load', 'load_of', 'Card', 'Rates', 'card_of', 'read_s', 'write_s', 'learn_s', 'Training', 'trained_of',
-           'training_gb', 'agent_gb', 'update_s', 'step_s', 'saving_s', 'what_fits', 'asking_fits', 'agent_s', 'recipe',
-           'expected']
+           'Load', 'load_of', 'Card', 'Rates', 'card_of', 'plain_s', 'read_s', 'write_s', 'learn_s', 'Training',
+           'trained_of', 'training_gb', 'agent_gb', 'update_s', 'step_s', 'saving_s', 'what_fits', 'asking_fits',
+           'agent_s', 'recipe', 'expected']
 
 # %% ../nbs/35_prediction.ipynb #9815b28f
 from dataclasses import dataclass, replace
@@ -122,7 +122,7 @@ def load_of(
     pair = h*w//size.patch**2
     return Load(n, h, w, n//2*(pair//size.merge**2 + size.stamp) + TEXT_TOKENS, n//2*pair, pair)
 
-# %% ../nbs/35_prediction.ipynb #2ccca5f5
+# %% ../nbs/35_prediction.ipynb #cdf3fd82
 @dataclass(frozen=True)
 class Card:
     "Ceilings of a GPU"
@@ -138,13 +138,16 @@ CARDS = { # H100: measured; the others: data sheets, lowered by what the H100 re
 @dataclass(frozen=True)
 class Rates:
     "What is measured of the work itself"
-    read: float=.6 # share of `Card.flops` while prompts are read: 32 prompts with their videos in 1.76 s, 1.0 at the ceiling (3B)
-    learn: float=.61 # share while learning, forward and backward: .56 with four prompts (3B), .73 and .65 with two (7B, Qwen3-VL-8B)
+    read: float=.7 # share of `Card.flops` while prompts are read, layers compiled: 32 of them with their videos in 1.50 s, 1.0 at the ceiling (3B: .67), 2.36 s (7B: .73)
+    learn: float=.61 # share while learning, forward and backward, layers compiled: .56 with four prompts (3B), .73 and .65 with two (7B, Qwen3-VL-8B)
+    plain_bytes: float=14. # of memory moved for each number between two products, where layers are not compiled: 3.88 s a batch of 32 instead of 2.90 (3B)
+    adapters_bytes: float=8. # of the same for each number that goes into adapters or comes out: 1.66 s a step of 4 x 8 x 64 (3B)
+    compile_s: float=59. # to compile layers, once a stage: six steps took 79.6 s instead of 23.5, and each of them .5 s less (3B)
     part_s: float=0. # of every part of a step, beside
     step_s: float=1.5e-3 # of one token for all answers in flight, beside reading weights and keys: launches of small kernels
-    answer_s: float=8e-6 # of one token of one answer in flight: its attention and its draw; both from 6.5 - 3.0 ms (3B, 32 x 8) and 10.6 - 6.6 (7B)
+    answer_s: float=4e-6 # of one token of one answer in flight: its attention and its draw; 9.2 - 6.7 ms (7B, 32 x 8) hold 1.5 of launches
     least_s: float=.22 # of learning from one part, however small: that long the host takes to launch it (3B, one prompt after the other)
-    adapters_least_s: float=.0225 # of learning from one part with adapters, for each layer: so long the host takes to launch it; .81 s (Qwen3-VL-8B, 1 x 8)
+    adapters_least_s: float=.0225 # of learning from one part with adapters, not compiled, for each layer: so long the host takes to launch it; .81 s (Qwen3-VL-8B, 1 x 8)
     adapters_step_s: float=1.67e-4 # of one token, for each layer, where adapters are trained: .89 s for a prompt and 64 tokens, .51 without (the same step)
     update_bytes: float=100. # of memory moved for each trained parameter in a step
     bus: float=3.16e11 # bytes/s that GPUs of one machine add up gradients at: all-reduce of 1 GiB on two H200, bus bandwidth
@@ -152,7 +155,7 @@ class Rates:
     cached_s: float=.002 # to load a clip from the frame cache
     load_s: float=27. # to start a stage, load a model and have its kernels, recordings and figures made: 21 to 32 s (3B, four stages of a whole run)
     save_s: float=2.4 # of one GB that training saves: fetched from the GPU, written, read again for its seal; 18.2 s for 7.5 GB (3B, to memory)
-    source: str="one H100 and two H200, random weights; with adapters fitted to a single step"
+    source: str="one H100 and two H200, random weights"
 
 RATES = Rates()
 
@@ -162,15 +165,31 @@ def card_of(
     "Ceilings of a card by its name"
     return next((c for k, c in CARDS.items() if k in name), CARDS["A100"])
 
-# %% ../nbs/35_prediction.ipynb #ee02406a
+# %% ../nbs/35_prediction.ipynb #65a093cd
+def plain_s(
+    size:ModelSize, # of the model
+    tokens:float, # that go through the language model
+    patches:float, # that go through the tower
+    card:Card, # that works
+    rates:Rates=RATES, # what was measured
+    adapters:bool=False, # they are trained
+)->float: # seconds
+    "What one pass takes longer where layers are not compiled: numbers that are written and read again between matrix products"
+    s = size.shape
+    between = tokens*s.text_params/size.hidden + patches*s.vision_params/s.vision_width # a product with n weights and m inputs has n/m outputs
+    return (rates.plain_bytes*between + adapters*rates.adapters_bytes*tokens*size.adapters(1))/card.bytes
+
 def read_s(
     size:ModelSize, # of the model
     load:Load, # of a video
     card:Card, # that works
     rates:Rates=RATES, # what was measured
+    compile:bool=False, # layers are compiled
+    adapters:bool=False, # they are trained
 )->float: # seconds
     "Reading one prompt with its video"
-    return flops(size.shape, load.tokens, (), load.patches, load.frame_patches)/card.flops/rates.read
+    plain = 0 if compile else plain_s(size, load.tokens, load.patches, card, rates, adapters)
+    return flops(size.shape, load.tokens, (), load.patches, load.frame_patches)/card.flops/rates.read + plain
 
 def write_s(
     size:ModelSize, # of the model
@@ -198,15 +217,17 @@ def learn_s(
     vision:bool=False, # the tower is trained
     rates:Rates=RATES, # what was measured
     adapters:bool=False, # they are trained
+    compile:bool=False, # layers are compiled
 )->float: # seconds
     "One part of a learning step"
     cost = flops(size.shape, load.tokens, [tokens]*G, load.patches, load.frame_patches, True, checkpointing, vision)
     tower, passes = vision_flops(size.shape, load.patches, load.frame_patches), 4 if checkpointing else 3
     if adapters: cost -= (cost - tower)/passes # of the way back that half is spared which makes gradients of weights
-    least = size.shape.layers*rates.adapters_least_s if adapters else rates.least_s
-    return max(prompts*cost/card.flops/rates.learn, least) + rates.part_s
+    least = size.shape.layers*rates.adapters_least_s if adapters and not compile else rates.least_s
+    plain = 0 if compile else passes*plain_s(size, load.tokens + G*tokens, load.patches if vision else load.patches/passes, card, rates, adapters)
+    return max(prompts*(cost/card.flops/rates.learn + plain), least) + rates.part_s
 
-# %% ../nbs/35_prediction.ipynb #ed9c94d3
+# %% ../nbs/35_prediction.ipynb #d8c7ae25
 @dataclass(frozen=True)
 class Training:
     "What the memory and the time of a training step depend on"
@@ -223,6 +244,7 @@ class Training:
     beta: float=0. # above 0 a second, frozen model is held
     sharded: bool=False # weights cut up over the GPUs
     gpus: int=1 # that work together
+    compile: bool=False # layers are compiled
 
 def trained_of(
     size:ModelSize, # of the model
@@ -253,7 +275,7 @@ def training_gb(
     return dict(weights=(held + whole)/1e9 + (2*size.total/1e9 if t.beta and not t.lora_r else 0), optimizer=12*trained/shards/1e9, activations=acts/1e9,
                 kv=kv/1e9, joined=joined/1e9, other=4.)
 
-# %% ../nbs/35_prediction.ipynb #a61e46bc
+# %% ../nbs/35_prediction.ipynb #dcb77a19
 def agent_gb(
     size:ModelSize, # of the model
     load:Load, # of the longest video
@@ -284,13 +306,15 @@ def step_s(
     t:Training, # how
     card:Card, # each of the GPUs
     rates:Rates=RATES, # what was measured
-)->float: # seconds; several GPUs are taken to share the prompts without loss, which is not measured
+)->float: # seconds; several GPUs are taken to lose what sending gradients costs and nothing else
     "One optimizer step"
     each = t.prompts/t.gpus
     update = update_s(size, t, card, rates)
-    learn = t.grad_accum*learn_s(size, load, card, each/t.grad_accum, t.G, t.tokens, t.gradient_checkpointing, not (t.freeze_vision or t.lora_r), rates, bool(t.lora_r))
+    vision, adapters = not (t.freeze_vision or t.lora_r), bool(t.lora_r)
+    again = load if vision or t.method == "sft" else replace(load, patches=0, frame_patches=0) # what a frozen tower made of a video is kept from reading it
+    learn = t.grad_accum*learn_s(size, again, card, each/t.grad_accum, t.G, t.tokens, t.gradient_checkpointing, vision, rates, adapters, t.compile)
     if t.method == "sft": return learn + update
-    return each*read_s(size, load, card, rates) + write_s(size, load, card, max(1, round(each)), t.G, t.tokens, rates, bool(t.lora_r)) + learn + update
+    return each*read_s(size, load, card, rates, t.compile, adapters) + write_s(size, load, card, max(1, round(each)), t.G, t.tokens, rates, adapters) + learn + update
 
 def saving_s(
     size:ModelSize, # of the model
@@ -347,7 +371,7 @@ def asking_fits(
         if fits(1, pixels): return f"lower batch_size to 1 and total_pixels to {pixels}"
     return "take a GPU with more memory, or a smaller model"
 
-# %% ../nbs/35_prediction.ipynb #f86236b4
+# %% ../nbs/35_prediction.ipynb #e2d4c13d
 def agent_s(
     stage:str, # reflect, estimate or evaluate
     size:ModelSize, # of the model
@@ -359,10 +383,11 @@ def agent_s(
     rates:Rates=RATES, # what was measured
     queries:float=1., # about each video: they share the reading of it
     tokens:int=ANSWER_TOKENS, # of an answer
+    compile:bool=False, # layers are compiled
 )->float: # seconds for a sample, at most
     "An agent's questions about one sample"
-    sharing, cost = min(max(queries, 1), batch), lambda n: flops(size.shape, n, (), 0, 0)/card.flops/rates.read
-    whole, words, rest = read_s(size, load, card, rates), cost(TEXT_TOKENS), cost(load.tokens)
+    sharing, cost = min(max(queries, 1), batch), lambda n: read_s(size, replace(load, tokens=n, patches=0, frame_patches=0), card, rates, compile)
+    whole, words, rest = read_s(size, load, card, rates, compile), cost(TEXT_TOKENS), cost(load.tokens)
     if stage == "reflect": read = (whole - rest)/sharing + (2 + verified)*rest # the tower sees each frame once; what is blanked is read for each query
     else: read = words + (whole - words)/sharing # the question behind a video that has been read
     return read + (write_s(size, load, card, batch, k, tokens, rates)/batch if k else 0)
@@ -376,24 +401,25 @@ def recipe(
     duration_s:float=60., # of a video
     frames:dict|None=None, # FrameSpec fields
     t:Training=Training(freeze_vision=True, gradient_checkpointing=True), # how GRPO learns
+    compile:bool=False, # layers are compiled, in all stages
 )->dict: # hours of each part, their sum, GPU-hours, core-hours of decoding, TB of cached frames
     "Cost of the whole recipe"
     load = load_of(size, frames or {}, duration_s)
-    hours = {s: samples*agent_s(s, size, load, card, k)/gpus/3600 for s, k in (("reflect", 4), ("estimate", 8))}
-    one = replace(t, prompts=1, gpus=1, grad_accum=1) # one prompt a GPU
+    hours = {s: samples*agent_s(s, size, load, card, k, compile=compile)/gpus/3600 for s, k in (("reflect", 4), ("estimate", 8))}
+    one = replace(t, prompts=1, gpus=1, grad_accum=1, compile=compile) # one prompt a GPU
     hours["grpo"] = samples*share*step_s(size, load, one, card)/gpus/3600
     total = sum(hours.values())
     return dict(gpus=gpus, **{k: round(v, 1) for k, v in hours.items()}, hours=round(total, 1), gpu_hours=round(total*gpus),
                 decode_core_hours=round(samples*duration_s*RATES.decode_s/3600), cache_tb=round(samples*load.cache_bytes/1e12, 2))
 
-# %% ../nbs/35_prediction.ipynb #c6055faa
+# %% ../nbs/35_prediction.ipynb #b143d11d
 def expected(
-    row:dict, # of `tests/scaling.py`: what, shape, card, gpus, tokens, and prompts, G, parts, lora_r, checkpointing or k, queries
+    row:dict, # of `tests/scaling.py`: what, shape, card, gpus, tokens, and prompts, G, parts, lora_r, checkpointing or k, queries, batch; compile
     load:Load, # of its videos
     size:ModelSize, # of its model
 )->float: # seconds of a step, or of a sample
     "What should have been measured"
     card = CARDS[row["card"]]
-    if row["what"] != "grpo": return agent_s(row["what"], size, load, card, row["k"], queries=row.get("queries", 1), tokens=row["tokens"])/row["gpus"]
+    if row["what"] != "grpo": return agent_s(row["what"], size, load, card, row["k"], batch=row.get("batch", 16), queries=row.get("queries", 1), tokens=row["tokens"], compile=row.get("compile", False))/row["gpus"]
     return step_s(size, load, Training(prompts=row["prompts"], G=row["G"], grad_accum=row["parts"], lora_r=row["lora_r"], freeze_vision=True, gpus=row["gpus"],
-        gradient_checkpointing=row["checkpointing"], tokens=row["tokens"], longest=row["tokens"], sharded="fsdp" in row["launch"]), card)
+        gradient_checkpointing=row["checkpointing"], tokens=row["tokens"], longest=row["tokens"], sharded="fsdp" in row["launch"] or "zero3" in row["launch"], compile=row.get("compile", False)), card)

@@ -82,8 +82,8 @@ def check_data(
                   lengths={role: [o[int((i + .5)/64*len(o))] for i in range(64)] for role, o in every.items() if o})
     return found, sizes, [o for c in checked for o in unusable(c)]
 
-# %% ../nbs/81_preflight.ipynb #595f3de5
-CPU, CPU_RATES = Card(7e10, 1e10, 0), Rates(1., .72, .05, .004, least_s=0., answer_s=0., adapters_least_s=0., adapters_step_s=0., update_bytes=0., load_s=10., source="the quick start on idle CPU cores, one a stage")
+# %% ../nbs/81_preflight.ipynb #b0e02cf6
+CPU, CPU_RATES = Card(7e10, 1e10, 0), Rates(1., .72, part_s=.05, step_s=.004, plain_bytes=0., adapters_bytes=0., compile_s=0., least_s=0., answer_s=0., adapters_least_s=0., adapters_step_s=0., update_bytes=0., load_s=10., source="the quick start on idle CPU cores, one a stage")
 
 def told_by(
     name:str, # tiny, random-<family>, a folder, or a hub id
@@ -118,7 +118,7 @@ def training_of(
     return Training(method, s.get("prompts_per_step" if grpo else "batch_size", 8), s.get("G", 8) if grpo else 1, s.get("grad_accum", 1), s.get("lora_r", 0),
                     s.get("freeze_vision", False), s.get("gradient_checkpointing", False), min(ANSWER_TOKENS, s.get("max_completion_length", 32)),
                     s.get("max_completion_length", 32) if grpo else ANSWER_TOKENS, s.get("save_steps", 50), s.get("beta", 0.), "fsdp" in p.get("launch", "") or "zero3" in p.get("launch", ""),
-                    (p.get("processes") or gpus) if p.get("launch") else 1)
+                    (p.get("processes") or gpus) if p.get("launch") else 1, s.get("compile", False))
 
 def variants_of(
     job, # Job, parameters resolved
@@ -153,7 +153,7 @@ class Outlook:
     how: str # what the memory is made of
     advice: str = "" # what to change where it does not fit
 
-# %% ../nbs/81_preflight.ipynb #117c987d
+# %% ../nbs/81_preflight.ipynb #24cf7a4b
 def outlook(
     job, # Job, parameters resolved
     sizes:dict, # of `check_data`
@@ -169,24 +169,24 @@ def outlook(
     mean, longest = typical(size, frames, sizes, "heldout" if job.stage == "evaluate" else "train"), load_of(size, frames, sizes["longest_s"])
     n, runs = gpus if p.get("runner", "in_process") != "in_process" else 1, variants_of(job, gpus)
     k = dict(reflect=s.get("k", 4), estimate=s.get("k", 8)).get(job.stage, 1)
-    batch, limit = s.get("batch_size", 8), s.get("max_new_tokens", 64)
+    batch, limit, compile = s.get("batch_size", 8), s.get("max_new_tokens", 64), s.get("compile", False)
     asked = dict(batch=batch, G=k, longest=limit, held=2 if job.stage == "reflect" else 1)
     need = agent_gb(size, longest, **asked)
     queries = (sizes["train"] + sizes["heldout"])/max(sizes["videos"], 1)
     tokens = limit if to_limit else ANSWER_TOKENS
     load_for = lambda pixels: load_of(size, frames | dict(total_pixels=pixels), sizes["longest_s"])
     pixels = frames.get("total_pixels", 3584*size.factor**2)
-    ask = lambda stage, m, k, v: m*agent_s(stage, size, mean, card, k, v, batch, rates, queries, tokens)/n
+    ask = lambda stage, m, k, v: m*agent_s(stage, size, mean, card, k, v, batch, rates, queries, tokens, compile)/n
     if to_limit: runs = [(replace(t, tokens=t.longest), steps) for t,steps in runs]
     if not runs:
         samples = p.get("max_samples") or sizes["heldout" if job.stage == "evaluate" else "train"]
         negatives = min(s.get("calibrate_n", 200), samples) if job.stage == "reflect" and s.get("threshold") is None else 0
         seconds = ask(job.stage, samples, k, 0 if to_limit else s.get("max_proposals", 3)) + (ask(job.stage, negatives, 0, 0) if negatives else 0)
-        return Outlook(job.name, seconds + rates.load_s, n, sum(need.values()), words(need), asking_fits(size, load_for, asked, card.gb, pixels))
+        return Outlook(job.name, seconds + rates.load_s + compile*rates.compile_s, n, sum(need.values()), words(need), asking_fits(size, load_for, asked, card.gb, pixels))
     judged = len(runs)*ask("evaluate", p.get("max_samples") or sizes["heldout"], 1, 0) if job.stage != "train" else 0
     worst, need = max(((t, training_gb(size, longest, t)) for t,_ in runs), key=lambda o: sum(o[1].values()))
     fits = what_fits(size, load_for, worst, card.gb, pixels)
-    train = lambda t, steps: steps*step_s(size, mean, t, card, rates) + saving_s(size, t, steps, rates) + rates.load_s
+    train = lambda t, steps: steps*step_s(size, mean, t, card, rates) + saving_s(size, t, steps, rates) + rates.load_s + t.compile*rates.compile_s
     return Outlook(job.name, sum(train(t, steps) for t,steps in runs) + judged, max(t.gpus for t,_ in runs),
                    sum(need.values()), words(need), fits)
 

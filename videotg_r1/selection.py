@@ -15,7 +15,7 @@ import numpy as np
 from .config import settings
 from .ledger import fingerprint
 
-# %% ../nbs/42_selection.ipynb #c35b3aa3
+# %% ../nbs/42_selection.ipynb #8c82862f
 @settings
 class SelectConfig:
     "How the training set is chosen"
@@ -27,9 +27,9 @@ class SelectConfig:
     gaussian_mean: float = .3 # gaussian: the most wanted mean tIoU (Time-R1)
     gaussian_sd: float = .2 # gaussian: its spread (Time-R1)
     timelens_mean: float = .05 # timelens: the most wanted mean tIoU (TimeLens)
-    timelens_sd: float = .2 # timelens: its spread (ours)
+    timelens_sd: float = .2 # timelens: its spread (their released script)
     timelens_edges_s: tuple[float, ...] = (30., 60., 120., 180.) # timelens: edges of the buckets, seconds (ours)
-    timelens_bins: int = 10 # timelens: bins over [0,1] for the density of mean tIoU (ours)
+    timelens_bins: int = 10 # timelens: bins over [0,1] for the density of mean tIoU (ours; their released code has 20)
     mix_easy: float = .2 # videotg: share of the budget from the easy bin
     mix_medium: float = .5 # videotg: share from the medium bin
     mix_hard: float = .3 # videotg: share from the hard bin

@@ -70,7 +70,7 @@ class SFTSettings:
     max_broken_share:float = .01 # share of samples whose video may be unreadable
     def __post_init__(self): check_settings(self)
 
-# %% ../nbs/50_sft.ipynb #300dcd7f
+# %% ../nbs/50_sft.ipynb #2f950d30
 def check_settings(
     cfg, # SFTSettings or GRPOSettings
 ): # None
@@ -87,6 +87,8 @@ def check_settings(
     need(cfg.lr > 0, f"lr must be positive, got {cfg.lr}")
     schedules = ("linear", "cosine", "constant", "constant_with_warmup")
     need(cfg.schedule in schedules, f"schedule must be one of {schedules}, got {cfg.schedule!r}")
+    need(not cfg.warmup_steps or cfg.schedule != "constant", f"schedule must be constant_with_warmup with warmup_steps={cfg.warmup_steps}: constant "
+         "has no warm-up and would leave it out")
     need(cfg.precision in ("fp32", "bf16"), f"precision must be fp32 or bf16, got {cfg.precision!r}")
     check_tracker(cfg.report_to, f"{who}.report_to")
     need(not cfg.lora_r or cfg.freeze_vision, f"freeze_vision must be true with lora_r={cfg.lora_r}: adapters sit on the "
