@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from videotg_r1.attention import compile_layers
 from videotg_r1.engine import AT_ONCE, Prompts, answer_probability, go_on, prefill, prompt_plan, sample, token_logps
+from videotg_r1.ledger import read_ledger
 from videotg_r1.policy import FAMILIES, FeatureCache, collate, encode, load_policy, prepare, random_policy, see, unwrap
 
 # Traps that public trainers or the libraries below us fell into, each with its test:
@@ -308,3 +310,33 @@ def test_a_compiled_layer_is_one_graph_for_all_rows(monkeypatch):
     assert not counters["graph_break"], dict(counters["graph_break"])
     assert all(close(a, b, p) for a, b in zip(got, want.values(), strict=True))
     assert len(set(graphs)) == 1 and graphs[0] <= 3, graphs     # a layer; the tower with windows and without
+
+
+def test_agents_find_the_same_with_compiled_layers(tmp_path, monkeypatch):
+    "Clips of every length go through one graph a kind of layer, and what is found does not change; the compiler itself needs a GPU to be worth its minute"
+    from videotg_r1 import runners
+    opened, made = runners.open_model, torch._dynamo.utils.counters["stats"]
+    found = {}
+    for compiled in (False, True):
+        def open_model(*given, compiled=compiled):
+            policy, spec = opened(*given)
+            return (compile_layers(policy, backend="eager") if compiled else policy), spec
+        monkeypatch.setattr(runners, "open_model", open_model)
+        before = made["unique_graphs"]
+        for fps in (1., .7, 2.):
+            job = runners.AgentJob("estimate", str(tmp_path/f"{compiled}-{fps}.jsonl"), "tests/data/world/train.jsonl", "tiny", dict(k=3, max_new_tokens=16, batch_size=4), dict(fps=fps), device="cpu")
+            runners.run_agent(job, progress=False)
+            found[compiled, fps] = [{k: r[k] for k in ("qid", "ious", "bin")} for r in read_ledger(job.path)[1]]
+    assert all(found[True, fps] == found[False, fps] and found[True, fps] for fps in (1., .7, 2.))
+    assert made["unique_graphs"] - before <= 6
+
+
+def test_layers_are_compiled_where_it_is_asked_for_on_a_gpu(monkeypatch):
+    from videotg_r1 import runners
+    made = []
+    monkeypatch.setattr(runners, "compile_layers", made.append)
+    monkeypatch.setattr(runners, "clip_reader", lambda *_: None)
+    for device, compile in (("cuda", True), ("cuda", False), ("cpu", True)):
+        monkeypatch.setattr(runners, "open_model", lambda *_, d=device: (SimpleNamespace(device=torch.device(d)), None))
+        runners.Opening("m", {}, device, "", compile).open()
+    assert [p.device.type for p in made] == ["cuda"]

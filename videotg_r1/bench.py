@@ -815,7 +815,7 @@ def scaling_figure(
     for r in rows:
         if r.get("axis"): panels.setdefault((r["piece"], r["axis"]), []).append(r)
     if not panels: return None
-    with canvas(8.4, 4.4, nrows=2, ncols=3, squeeze=False) as (fig, axes):
+    with canvas(8.4, 4.4, nrows=2, ncols=3, squeeze=False, sharey="row") as (fig, axes):
         for i, piece in enumerate(("rollout", "learner")):
             for j, axis in enumerate(AXES): scaling_panel(axes[i, j], panels.get((piece, axis), []), piece, axis)
         lines = {line.get_label(): line for ax in axes.flat for line in ax.lines}
@@ -835,7 +835,7 @@ def scaling_panel(
     for name, style in (("conventional", "C1s-"), ("ours", "C0o-"), ("floor", "k--")):
         points = [(r["x"], r[f"{name}_s"]/r["prompts"]) for r in rows if r[f"{name}_s"]]
         if points: ax.plot(*zip(*points, strict=True), style, ms=4, lw=1.3, label=name)
-    ax.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel="seconds a prompt", title=piece)
+    ax.set(xscale="log", yscale="log", xlabel=AXES[axis], ylabel="seconds a prompt" if axis == next(iter(AXES)) else "", title=piece)
     ax.set_xticks([r["x"] for r in rows], [str(r["x"]) for r in rows])
     ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     ax.yaxis.set_major_formatter("{x:g}")

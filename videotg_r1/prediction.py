@@ -165,7 +165,7 @@ def card_of(
     "Ceilings of a card by its name"
     return next((c for k, c in CARDS.items() if k in name), CARDS["A100"])
 
-# %% ../nbs/35_prediction.ipynb #65a093cd
+# %% ../nbs/35_prediction.ipynb #70636013
 def plain_s(
     size:ModelSize, # of the model
     tokens:float, # that go through the language model
@@ -191,6 +191,7 @@ def read_s(
     plain = 0 if compile else plain_s(size, load.tokens, load.patches, card, rates, adapters)
     return flops(size.shape, load.tokens, (), load.patches, load.frame_patches)/card.flops/rates.read + plain
 
+# %% ../nbs/35_prediction.ipynb #ab748e5d
 def write_s(
     size:ModelSize, # of the model
     load:Load, # of a video

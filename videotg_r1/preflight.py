@@ -169,7 +169,7 @@ def outlook(
     mean, longest = typical(size, frames, sizes, "heldout" if job.stage == "evaluate" else "train"), load_of(size, frames, sizes["longest_s"])
     n, runs = gpus if p.get("runner", "in_process") != "in_process" else 1, variants_of(job, gpus)
     k = dict(reflect=s.get("k", 4), estimate=s.get("k", 8)).get(job.stage, 1)
-    batch, limit, compile = s.get("batch_size", 8), s.get("max_new_tokens", 64), s.get("compile", False)
+    batch, limit, compile = s.get("batch_size", 8), s.get("max_new_tokens", 64), p.get("compile", False)
     asked = dict(batch=batch, G=k, longest=limit, held=2 if job.stage == "reflect" else 1)
     need = agent_gb(size, longest, **asked)
     queries = (sizes["train"] + sizes["heldout"])/max(sizes["videos"], 1)

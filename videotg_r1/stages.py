@@ -242,7 +242,8 @@ WIRES = {
     "samples": "{prepare}/train.jsonl", "heldout": "{prepare}/heldout.jsonl", "truth": "{prepare}/truth.jsonl",
     "questions": "{prepare}/heldout_qa.jsonl", "reflections": "{reflect}/reflections.jsonl", "difficulties": "{estimate}/difficulties.jsonl", "pools_dir": "{select}",
 }
-NO_INPUT = ("run_dir", "cache_dir", "device", "workers", "accept", "runner", "processes", "ray_address", "launch") # parameters that say where and how, not what
+NO_INPUT = ("run_dir", "cache_dir", "device", "workers", "accept", "runner", "processes", "ray_address", "launch",
+            "compile") # parameters that say where and how, not what
 NO_CHOICE = ("report_to", "max_broken_share") # of settings, likewise: who looks on, and when to give up
 JUDGE_HOW = ("url", "key_env", "concurrency", "per_minute", "timeout_s", "tries", "wait_s", "max_wait_s", "price_in", "price_out") # of `judge`, likewise
 
