@@ -122,7 +122,7 @@ def load_of(
     pair = h*w//size.patch**2
     return Load(n, h, w, n//2*(pair//size.merge**2 + size.stamp) + TEXT_TOKENS, n//2*pair, pair)
 
-# %% ../nbs/35_prediction.ipynb #cdf3fd82
+# %% ../nbs/35_prediction.ipynb #d1afaac0
 @dataclass(frozen=True)
 class Card:
     "Ceilings of a GPU"
@@ -142,7 +142,7 @@ class Rates:
     learn: float=.61 # share while learning, forward and backward, layers compiled: .56 with four prompts (3B), .73 and .65 with two (7B, Qwen3-VL-8B)
     plain_bytes: float=14. # of memory moved for each number between two products, where layers are not compiled: 3.88 s a batch of 32 instead of 2.90 (3B)
     adapters_bytes: float=8. # of the same for each number that goes into adapters or comes out: 1.66 s a step of 4 x 8 x 64 (3B)
-    compile_s: float=59. # to compile layers, once a stage: six steps took 79.6 s instead of 23.5, and each of them .5 s less (3B)
+    compile_s: float=59. # to compile layers, once a training: six steps took 79.6 s instead of 23.5, and each of them .5 s less (3B); agents, which have no way back, need half of it (28 s)
     part_s: float=0. # of every part of a step, beside
     step_s: float=1.5e-3 # of one token for all answers in flight, beside reading weights and keys: launches of small kernels
     answer_s: float=4e-6 # of one token of one answer in flight: its attention and its draw; 9.2 - 6.7 ms (7B, 32 x 8) hold 1.5 of launches

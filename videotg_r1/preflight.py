@@ -153,7 +153,7 @@ class Outlook:
     how: str # what the memory is made of
     advice: str = "" # what to change where it does not fit
 
-# %% ../nbs/81_preflight.ipynb #24cf7a4b
+# %% ../nbs/81_preflight.ipynb #5609d3be
 def outlook(
     job, # Job, parameters resolved
     sizes:dict, # of `check_data`
@@ -182,7 +182,7 @@ def outlook(
         samples = p.get("max_samples") or sizes["heldout" if job.stage == "evaluate" else "train"]
         negatives = min(s.get("calibrate_n", 200), samples) if job.stage == "reflect" and s.get("threshold") is None else 0
         seconds = ask(job.stage, samples, k, 0 if to_limit else s.get("max_proposals", 3)) + (ask(job.stage, negatives, 0, 0) if negatives else 0)
-        return Outlook(job.name, seconds + rates.load_s + compile*rates.compile_s, n, sum(need.values()), words(need), asking_fits(size, load_for, asked, card.gb, pixels))
+        return Outlook(job.name, seconds + rates.load_s + compile*rates.compile_s/2, n, sum(need.values()), words(need), asking_fits(size, load_for, asked, card.gb, pixels))
     judged = len(runs)*ask("evaluate", p.get("max_samples") or sizes["heldout"], 1, 0) if job.stage != "train" else 0
     worst, need = max(((t, training_gb(size, longest, t)) for t,_ in runs), key=lambda o: sum(o[1].values()))
     fits = what_fits(size, load_for, worst, card.gb, pixels)
