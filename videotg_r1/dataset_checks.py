@@ -160,9 +160,9 @@ def check_videos(
     there = [p for p in lengths if os.path.isfile(p)]
     folders = ", ".join(map(str, c.part.videos))
     if not any(Path(o).is_dir() for o in c.part.videos): return c.say("missing", "videos", f"no folder {folders}")
-    gone = sorted(lengths[p][0] for p in set(lengths) - set(there))
+    gone = sorted((lengths[p][0], p) for p in set(lengths) - set(there))
     c.say("missing" if gone else "ok", "videos",
-          f"{len(there):,} of {len(lengths):,} videos in {folders}" + (f"; not there: {some(gone)}" if gone else ""))
+          f"{len(there):,} of {len(lengths):,} videos in {folders}" + (f"; not there: {some([vid for vid,_ in gone])}; the first was looked for as {gone[0][1]}" if gone else ""))
     if ledger_path is None or not there: return None
     try: c.seen = look_at_all(there, ledger_path, depth, workers)
     except ChildProcessError as e: return c.say("missing", "videos", f"not looked at: {e}") # what can be said without them is said

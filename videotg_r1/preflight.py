@@ -293,6 +293,8 @@ def preflight(
     card:str="", # their kind, as H100; empty: those of this machine
 )->list: # of Finding; nothing is missing if none has level `missing`
     "Everything that can be known before a run starts"
+    if cards < 0: raise ValueError(f"--gpus must be 0 or more, got {cards}")
+    if card and not any(k in card for k in CARDS): raise ValueError(f"--card: nothing is known about {card[:40]!r}: name the nearest of {', '.join(CARDS)}")
     plan = plan_run(config, root)
     base = (config.get("shared") or {}).get("model", "tiny") # what is trained has the size of its base
     fill = lambda p: p | ({"model": base} if str(p.get("model", "")).endswith("/training/final") else {})
