@@ -30,20 +30,19 @@ ON_CPU = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed
 BEGAN = time.time()
 
 
-def write_work(folder, n, frames, side, videos=0):
-    "`n` samples about clips of noise, two a video; `videos` different ones under many names (0: all differ, so that the tower has to look at each)"
+def write_work(folder, n, frames, side, queries=2):
+    "`n` samples about clips of noise, each clip another one, so that the tower has to look at it"
     from videotg_r1.records import Sample, write_jsonl
     from videotg_r1.video import write_frames
     rng, samples, new = np.random.default_rng(0), [], not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    for i in range((n + 1)//2):
+    for i in range(-(-n//queries)):
         path = folder/f"{i}.npz"
-        if new and (not videos or i < videos):
+        if new:
             small = rng.integers(0, 255, (frames, 16, 16, 3), np.uint8)
             write_frames(path, small.repeat(side//16, 1).repeat(side//16, 2), np.arange(frames)/2, frames/2)
-        elif new: os.link(folder/f"{i % videos}.npz", path)
         samples += [Sample(f"q{i}_{k}", f"v{i}", str(path), frames/2, f"person opens the door of the {o} and walks away.", ((1. + k, 2. + k),))
-                    for k, o in enumerate(("fridge", "room"))]
+                    for k, o in enumerate(("fridge", "room")[:queries])]
     write_jsonl(folder/"samples.jsonl", [s.to_dict() for s in samples[:n]])
     return str(folder/"samples.jsonl")
 
@@ -110,8 +109,8 @@ def grpo(a, n, trace, gpus):
     from videotg_r1.runners import TrainJob
     out, config = Path(tempfile.mkdtemp(prefix=f"grpo-{a.shape or 'small'}-{n}-", dir=a.out)), ROOT/a.launch
     settings = dict(steps=a.steps + a.skip + 8*bool(a.after), prompts_per_step=a.prompts*n, G=a.G, lr=1e-6, rewards=dict(iou=1.), max_completion_length=a.tokens, freeze_vision=True,
-                    precision="fp32" if a.device == "cpu" else "bf16", gradient_checkpointing=not a.no_checkpointing, skip_dead=False, save_steps=0, grad_accum=a.parts, lora_r=a.lora, lora_alpha=2*a.lora or 16)
-    job = TrainJob(method="grpo", path=str(out/"training"), model=str(a.model), samples=a.samples, settings=settings, frames=a.frame_spec, device=a.device)
+                    precision="fp32" if a.device == "cpu" else "bf16", gradient_checkpointing=not a.no_checkpointing, skip_dead=False, save_steps=0, grad_accum=a.parts, lora_r=a.lora, lora_alpha=2*a.lora or 16, compile=a.compile)
+    job = TrainJob(method="grpo", path=str(out/"training"), model=str(a.model), samples=work(a, "grpo"), settings=settings, frames=a.frame_spec, device=a.device)
     (out/"job.json").write_text(json.dumps(dict(kind="train", job=to_params(job))))
     starter = ["accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(n), "--main_process_port", str(free_port()), "-m"] if n > 1 or a.always else []
     with open(out/"log.txt", "wb") as log:
@@ -136,7 +135,7 @@ def grpo(a, n, trace, gpus):
     step = [y["elapsed_s"] - x["elapsed_s"] for x, y in zip(used, used[1:], strict=False)]
     traffic = [round((y - x)/(last[0] - link[0]), 2) for x, y in zip(link[1], last[1], strict=True)] if until and link and link[1] and last[1] and last[0] > link[0] else None
     tokens = [(used[-1][f"total/{k}"] - used[0][f"total/{k}"])/sum(step) for k in ("prompt_tokens", "generated_tokens")]
-    return dict(what="grpo", gpus=n, launch=Path(a.launch).name if starter else "", prompts=a.prompts*n, parts=a.parts, lora_r=a.lora, checkpointing=not a.no_checkpointing, G=a.G, tokens=a.tokens, step_s=round(statistics.median(step), 4), steps=[round(s, 3) for s in step],
+    return dict(what="grpo", gpus=n, launch=Path(a.launch).name if starter else "", prompts=a.prompts*n, parts=a.parts, lora_r=a.lora, checkpointing=not a.no_checkpointing, compile=a.compile, G=a.G, tokens=a.tokens, step_s=round(statistics.median(step), 4), steps=[round(s, 3) for s in step],
                 prompts_per_s=round(a.prompts*n*len(step)/sum(step), 4), prompt_tokens_per_s=round(tokens[0]), generated_tokens_per_s=round(tokens[1]),
                 start_s=round(at[0] - began, 1) if at else None, nvlink_gb_a_step=traffic, own_gib=own, **trace.over(at[skip - 1] if len(at) >= skip else began, until, gpus))
 
@@ -146,8 +145,8 @@ def agent(a, n, trace, gpus):
     from videotg_r1.config import to_params
     from videotg_r1.runners import AgentJob
     out = Path(tempfile.mkdtemp(prefix=f"agent-{a.shape or 'small'}-{n}-", dir=a.out))
-    job = AgentJob(agent=a.agent, path=str(out/"found.jsonl"), samples=a.samples, model=str(a.model), settings=dict(k=8, max_new_tokens=a.tokens, batch_size=16), frames=a.frame_spec,
-                   device=a.device, max_samples=a.asked*n, runner="ranks" if n > 1 else "in_process", processes=n)
+    job = AgentJob(agent=a.agent, path=str(out/"found.jsonl"), samples=work(a, "agent"), model=str(a.model), settings=dict(k=8, max_new_tokens=a.tokens, batch_size=16), frames=a.frame_spec,
+                   device=a.device, max_samples=a.asked*n, runner="ranks" if n > 1 else "in_process", processes=n, compile=a.compile)
     (out/"job.json").write_text(json.dumps(to_params(job)))
     code = "import json, sys; from videotg_r1.config import from_params; from videotg_r1.runners import AgentJob, run_agent; run_agent(from_params(AgentJob, json.load(open(sys.argv[1]))), False)"
     with open(out/"log.txt", "wb") as log:
@@ -178,7 +177,7 @@ def agent(a, n, trace, gpus):
     within = lambda at, t: max(k for when, k in at if when <= t)
     own = [(at[-1][1] - at[2][1])/(at[-1][0] - at[2][0]) for at in seen.values()]
     spent = [at[-1][1]/o for at, o in zip(seen.values(), own, strict=True)]
-    return dict(what=a.agent, gpus=n, samples=sum(at[-1][1] for at in seen.values()), k=8, queries=2, tokens=a.tokens, samples_per_s=round(sum(within(at, t1) - within(at, t0) for at in seen.values())/(t1 - t0), 4),
+    return dict(what=a.agent, gpus=n, samples=sum(at[-1][1] for at in seen.values()), k=8, queries=2, tokens=a.tokens, compile=a.compile, samples_per_s=round(sum(within(at, t1) - within(at, t0) for at in seen.values())/(t1 - t0), 4),
                 each=[round(o, 3) for o in own], imbalance=round(max(spent)*len(spent)/sum(spent), 4), start_s=round(min(at[1][0] for at in seen.values()) - began, 1), measured_s=round(t1 - t0, 1), own_gib=most, **trace.over(t0, t1, gpus))
 
 
@@ -219,6 +218,12 @@ def env(gpus):
                              PYTHONPATH=os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")])))
 
 
+def work(a, kind):
+    "Samples for one kind of row: training sees each clip once, an agent asks each twice"
+    n, queries = (a.prompts*(a.steps + a.skip + 8), 1) if kind == "grpo" else (a.asked, 2)
+    return write_work(a.out/f"clips-{kind}-{os.getpid()}", n*max(a.gpus), a.frames, a.side, queries)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("out", type=Path)
@@ -241,6 +246,7 @@ def main():
     p.add_argument("--parts", type=int, default=1, help="grad_accum")
     p.add_argument("--lora", type=int, default=0, help="rank of adapters; 0: all weights of the language model")
     p.add_argument("--no-checkpointing", action="store_true")
+    p.add_argument("--compile", action="store_true", help="the layers of the model, as `compile: true` does")
     p.add_argument("--after", type=Path, help="wait for this file once warm, so that the start goes beside something else that is measured")
     p.add_argument("--until", type=float, default=1e9, help="seconds after which nothing goes on")
     a = p.parse_args()
@@ -252,7 +258,6 @@ def main():
         if "ddp" in a.launch: a.launch = str(a.out/"cpu.yaml")
         a.frames, a.side, a.tokens, a.asked, a.steps, a.prompts, a.skip = 8, 64, 8, 96, 2, 1, 1
     a.model, a.frame_spec = a.out/(a.shape or "small"), dict(fps=2., max_frames=a.frames, min_pixels=a.side**2, max_pixels=a.side**2, total_pixels=a.frames*a.side**2)
-    if {"grpo", "agent"} & set(a.only): a.samples = write_work(a.out/f"clips-{a.only[0]}-{os.getpid()}", a.asked*max(a.gpus) if "agent" in a.only else 64, a.frames, a.side)
     if not (a.model/"videotg.json").is_file() and a.only != ["all_reduce"]:
         t = time.time()
         write_model_apart(a.model, a.shape, a.device, env([a.first]))
@@ -265,14 +270,14 @@ def main():
             try: row = dict(all_reduce=all_reduce, grpo=grpo, agent=agent)[kind](a, n, trace, range(a.first, a.first + n))
             except Exception as e: row = dict(what=kind, gpus=n, failed=f"{type(e).__name__}: {str(e)[-2500:]}")
             rate = row.get("prompts_per_s") or row.get("samples_per_s")
-            row["shape"] = a.shape or "small"
+            row |= dict(shape=a.shape or "small", frames=a.frames, side=a.side)
             if rate and (one := alone(a, row)): row["efficiency"] = round(rate/one/n/row.get("imbalance", 1), 4)
             say(a, row | dict(wall_s=round(time.time() - t, 1), at_s=round(time.time() - BEGAN, 1)))
 
 
 def alone(a, row): # rate of one GPU, as measured before in this folder
     rows = [json.loads(o) for o in (a.out/"rows.jsonl").read_text().splitlines()] if (a.out/"rows.jsonl").is_file() else []
-    same = lambda r: (r["what"], r.get("shape"), r.get("lora_r"), r.get("prompts", 0)/r.get("gpus", 1))
+    same = lambda r: (r["what"], r.get("shape"), r.get("lora_r"), r.get("compile"), r.get("prompts", 0)/r.get("gpus", 1))
     found = [r for r in rows if r.get("gpus") == 1 and same(r) == same(row)]
     return next((r.get("prompts_per_s") or r.get("samples_per_s") for r in found if "failed" not in r), None)
 

@@ -43,7 +43,7 @@ def test_every_stage_from_prepare_to_report_killed_once(tmp_path):
 
 def test_what_is_measured_on_several_gpus_is_held_against_one(tmp_path):
     from videotg_r1.records import read_samples
-    samples = read_samples(scaling.write_work(tmp_path/"clips", 7, 8, 32, videos=2))
+    samples = read_samples(scaling.write_work(tmp_path/"clips", 7, 8, 32))
     assert len(samples) == 7 and len({s.video for s in samples}) == 4 and len(scaling.lines(tmp_path/"clips/samples.jsonl")*"x") == 7
     a = type("args", (), dict(out=tmp_path))()
     rows = [dict(what="grpo", gpus=1, shape="small", failed="no memory"), dict(what="grpo", gpus=1, shape="small", prompts_per_s=2.), dict(what="grpo", gpus=1, shape="large", prompts_per_s=9.)]

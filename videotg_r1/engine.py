@@ -343,6 +343,7 @@ def look_up(self:Decoder):
     "What all layers of a step need: where each slot writes, and what it must not see"
     n, dev = self.rows, self.length.device
     self.slot, self.at = torch.arange(n, device=dev), self.count[:n] - 1
+    if dev.type == "cuda" and TRITON: return                            # the kernel goes by lengths
     shown = torch.cat([torch.arange(self.columns, device=dev) < self.length[:n, None],
                        torch.arange(self.width, device=dev) < self.count[:n, None]], 1)
     self.hidden = torch.zeros(shown.shape, device=dev).masked_fill_(~shown, -1e30)[:, None, None, None]
