@@ -6,8 +6,8 @@
 __all__ = ['STRICT', 'GOOD', 'num', 'INTERVALS', 'SETUP', 'AGAIN', 'WAY_WORDS', 'DEAD', 'POLICIES', 'MASK_WORDS', 'CURVES',
            'BUDGETS', 'AGENTS', 'PER_CARD', 'TRANSFERS', 'WEAK_TRANSFER', 'SPARSE', 'ELSEWHERE', 'CHOICES', 'OTHERS',
            'REPORTS', 'differences_by_run', 'drawn', 'paired', 'says', 'is_clear', 'write_cells', 'known_world',
-           'Evidence', 'over_runs', 'md', 'hits', 'in_all', 'clear_hits', 'beside', 'result_table', 'run_table',
-           'fifths', 'seed_rows', 'setup_text', 'pool_text', 'verb', 'page', 'cards', 'asked_beforehand',
+           'Evidence', 'over_runs', 'md', 'hits', 'in_strict', 'in_all', 'clear_hits', 'beside', 'result_table',
+           'run_table', 'fifths', 'seed_rows', 'setup_text', 'pool_text', 'verb', 'page', 'cards', 'asked_beforehand',
            'partial_report', 'detection_tables', 'auc_interval', 'share_interval', 'detected', 'found_text', 'the_pool',
            'by_strength', 'whole_text', 'good_answers', 'left_out', 'whole_arms', 'whole_pool', 'ways_tables',
            'other_base', 'other_arms', 'train_columns', 'weak_section', 'difficulty_report', 'rank_interval',
@@ -137,6 +137,14 @@ class Evidence:
         part = "tests" if which == "zero-shot" else "blind"
         one = {b: r[part][test] for b in {b for b,_ in like} for r in self.zeros(b) if test in r[part]}
         return {(b, s): unpack(one[b]["ious"]) for b,s in like if b in one}
+    def pair(self,
+        arm:str, # of 64_experiments
+        control:str, # another arm, or zero-shot
+        test:str="test", # world
+    )->tuple: # (runs of the arm, of its control), as `runs`
+        "An arm beside its control"
+        runs = self.runs(arm, test)
+        return runs, self.fixed(control, runs, test) if control == "zero-shot" else self.runs(control, test)
     def zeros(self, base):
         "What the tests of a base as it is left"
         return [r for r in self.cells.values() if r["cell"]["kind"] == "zero" and r["cell"]["base"] == base]
@@ -179,9 +187,13 @@ def hits(
 
 STRICT = (.5, .7)
 
+def in_strict(a, b, *codes)->list: # of differences, as `paired` gives them
+    "Differences in the share of answers at each of STRICT"
+    return [paired(hits(a, m), hits(b, m), *codes) for m in STRICT]
+
 def in_all(a, b)->list: # of texts: mIoU, then the share of answers at each of STRICT
     "A difference, and whether it holds for strict readers"
-    return [says(paired(a, b)), *(says(paired(hits(a, m), hits(b, m))) for m in STRICT)] if a and b else [""]*(1 + len(STRICT))
+    return [says(d) for d in (paired(a, b), *in_strict(a, b))] if a and b else [""]*(1 + len(STRICT))
 
 GOOD = ["", "R1@.5", "R1@.7"] # columns of the tables of good answers
 
@@ -189,7 +201,7 @@ def clear_hits(
     pairs, # (words, {(base, seed): [N] tIoU}, the same of the control)
 )->tuple|str: # (a sentence, title of a table, the table), or "" without pairs
     "Which differences leave out zero in the share of good answers"
-    rows = [(w, ds) for w,a,b in pairs if a and b and all(ds := [paired(hits(a, m), hits(b, m)) for m in STRICT])]
+    rows = [(w, ds) for w,a,b in pairs if a and b and all(ds := in_strict(a, b))]
     clear = [(w, ds) for w,ds in rows if any(map(is_clear, ds))]
     n, of = sum(is_clear(d) for _,ds in rows for d in ds), len(rows)*len(STRICT)
     told = (f"{n} of {of} differences in R1@.5 and R1@.7 have an interval without zero (not asked for beforehand; by chance alone about {.05*of:.0f} would)" + (": the last table below." if clear else "."))
@@ -481,14 +493,14 @@ def good_answers(
 )->tuple|str: # (text, title of a table, the table), or "" where the whole pool was not run there
     "What contamination does to good answers, and what BRA does about it"
     if not all(weak.runs(a) for a in ("grpo-all", "clean-all", "bra-all", "oracle-all", "random-all")): return ""
-    of = lambda a, b, e=weak: in_all(e.runs(a), e.runs(b))[1:]
-    touch = lambda a, b: says(paired(hits(weak.runs(a), 1e-9), hits(weak.runs(b) or weak.fixed(b, weak.runs(a)), 1e-9)))
+    of = lambda a, b, e=weak: in_all(*e.pair(a, b))[1:]
+    touch = lambda a, b: says(paired(*(hits(o, 1e-9) for o in weak.pair(a, b))))
     share = lambda a: f"{np.mean([r['partial'] for r in weak.results(a).values()]):.0%}"
-    sure = lambda a, b, up: all(is_clear(d := paired(hits(weak.runs(a), m), hits(weak.runs(b), m))) and (d["diff"] > 0) == up for m in STRICT)
+    sure = lambda a, b, up: all(is_clear(d) and (d["diff"] > 0) == up for d in in_strict(*weak.pair(a, b)))
     hurt, mend = sure("grpo-all", "clean-all", False), sure("bra-all", "grpo-all", True) and sure("bra-all", "random-all", True)
     rows = {"as it is, against every label completed": ("grpo-all", "clean-all"), "without what BRA flags, against as it is": ("bra-all", "grpo-all"), "the same, against as many left out at random": ("bra-all", "random-all"),
             "without what is partial, against as it is": ("oracle-all", "grpo-all"), "as it is, against the base": ("grpo-all", "zero-shot")}
-    table = [["weak base, " + w, *(of(a, b) if b != "zero-shot" else in_all(weak.runs(a), weak.fixed(b, weak.runs(a)))[1:]), touch(a, b)] for w,(a, b) in rows.items()]
+    table = [["weak base, " + w, *of(a, b), touch(a, b)] for w,(a, b) in rows.items()]
     table += [["the two other bases, " + w, *of(a, b, ev), ""] for w,(a, b) in [*rows.items()][:2] if ev.runs(a) and ev.runs(b)]
     if weak.runs("partial-50-bra"):
         short = f"weak base, {ev.settings.grpo['steps']} steps, half partial, "
@@ -954,14 +966,12 @@ def gentler_sft(ev:Evidence)->str: # "" where it was not run
 # %% ../nbs/78_evidence.ipynb #fa04c3fd
 def strict_text(ev:Evidence, words)->tuple: # (text, title of a table, the table)
     "What the claim says of good answers"
-    pairs = {"GRPO on the whole pool against the base": ("grpo-all", "zero-shot"), "VideoTG-R1 with a tenth against GRPO on the whole pool": (curve_arm("videotg", 1000), "grpo-all"),
-             "a tenth at random against it": ("grpo-1000", "grpo-all"), "BRA and curriculum on the whole pool against it": ("videotg-all", "grpo-all"), "BRA alone against it": ("bra-all", "grpo-all"),
-             "as many as BRA leaves, at random, against it": ("random-all", "grpo-all"), "GRPO on the whole pool with every label completed against the base": ("clean-all", "zero-shot"), "SFT on the whole pool against the base": ("sft-all", "zero-shot")}
-    runs = {w: (x, ev.fixed(c, x) if c == "zero-shot" else ev.runs(c)) for w,(a, c) in pairs.items() if (x := ev.runs(a))}
-    base = paired(*runs["GRPO on the whole pool against the base"])
-    loses = lambda w: any(is_clear(d := paired(*(hits(o, m) for o in runs[w]))) and d["diff"] < 0 for m in STRICT)
-    clean = "GRPO on the whole pool with every label completed against the base"
-    first = "GRPO on the whole pool against the base"
+    first, clean = "GRPO on the whole pool against the base", "GRPO on the whole pool with every label completed against the base"
+    pairs = {first: ("grpo-all", "zero-shot"), "VideoTG-R1 with a tenth against GRPO on the whole pool": (curve_arm("videotg", 1000), "grpo-all"), "a tenth at random against it": ("grpo-1000", "grpo-all"),
+             "BRA and curriculum on the whole pool against it": ("videotg-all", "grpo-all"), "BRA alone against it": ("bra-all", "grpo-all"), "as many as BRA leaves, at random, against it": ("random-all", "grpo-all"),
+             clean: ("clean-all", "zero-shot"), "SFT on the whole pool against the base": ("sft-all", "zero-shot")}
+    runs = {w: found for w,pair in pairs.items() if (found := ev.pair(*pair))[0]}
+    base, loses = paired(*runs[first]), lambda w: any(is_clear(d) and d["diff"] < 0 for d in in_strict(*runs[w]))
     return (f"{words}, in R1@.5 and R1@.7 instead (not asked for beforehand; all of them in a table below): {first} {' and '.join(in_all(*runs[first])[1:])}."
             + (" So there GRPO buys mIoU with answers that overlap more often and fit less often" + ("; with every label completed it does not" if clean in runs and not loses(clean) else "") + "."
                if loses(first) and is_clear(base) and base["diff"] > 0 else ""),
@@ -1047,8 +1057,7 @@ def transfer_runs(
     unseen = np.array([is_unseen(s.query) for s in ev.world("test", "heldout")[0]])
     pick, test = dict(seen=~unseen, unseen=unseen).get(where), where if where in ("long", "double", "sparse") else "test"
     if test == "sparse": arm = SPARSE.get(arm, arm)
-    x = ev.runs(arm, test)
-    y = ev.fixed(control, x, test) if control == "zero-shot" else ev.runs(control, test)
+    x, y = ev.pair(arm, control, test)
     if not x or not y or pick is not None and arm.startswith("partial"): return ()         # that pool asks for all pairs
     if pick is None: return x, y, None
     return *({k: v[pick] for k,v in r.items()} for r in (x, y)), np.unique(np.flatnonzero(pick)//2, return_inverse=True)[1]
@@ -1079,8 +1088,7 @@ def transfer_rows(
 )->dict: # (words, key of ELSEWHERE) -> (queries, difference, means of the arm, means of the control, differences in R1@.5 and R1@.7)
     "Every difference in every world"
     found = {(w, where): o for w,(a, c) in pairs.items() for where in ELSEWHERE if (o := transfer_runs(ev, a, c, where))}
-    strict = lambda x, y, codes: [says(paired(hits(x, m), hits(y, m), codes)) for m in STRICT]
-    return {k: (next(iter(x.values())).size, paired(x, y, codes), by_base(x), by_base(y), strict(x, y, codes)) for k,(x, y, codes) in found.items()}
+    return {k: (next(iter(x.values())).size, paired(x, y, codes), by_base(x), by_base(y), [*map(says, in_strict(x, y, codes))]) for k,(x, y, codes) in found.items()}
 
 # %% ../nbs/78_evidence.ipynb #228efb46
 def transfer_report(ev:Evidence)->str:
@@ -1236,7 +1244,7 @@ def robust_report(ev:Evidence)->str:
     weak = ev.on("w")
     weak_arms = choices(weak)
     arms, (table, said, after), (lower, below) = choices(ev), tuning(ev), lower_rates(ev)
-    against = {k: paired(x, ev.fixed(c, x, "val") if c == "zero-shot" else ev.runs(arms[c][0], "val")) for k,(a, c) in arms.items() if (x := ev.runs(a, "val"))}
+    against = {k: paired(*found) for k,(a, c) in arms.items() if (found := ev.pair(a, arms.get(c, (c,))[0], "val"))[0]}
     clear, few = {k: says(d) for k,d in against.items() if is_clear(d)}, [k for k,d in against.items() if d and d["seeds"] < 3]
     weak_clear = {k: says(d) for k,(a, c) in weak_arms.items() if c == "default" and is_clear(d := paired(weak.runs(a, "val"), weak.runs(weak_arms[c][0], "val")))}
     changed = (f"The choices have one or two runs each ({len(few)} of {len(against)}), from which nothing is claimed." if few else
@@ -1276,7 +1284,7 @@ def forest(
 
 def pairs_of(ev:Evidence, arms, test="test"):
     "Rows of a forest from (words, arm, control arm)"
-    return [(w, x, ev.fixed(c, x, test) if c == "zero-shot" else ev.runs(c, test)) for w,a,c in arms if (x := ev.runs(a, test))]
+    return [(w, *found) for w,a,c in arms if (found := ev.pair(a, c, test))[0]]
 
 # %% ../nbs/78_evidence.ipynb #3105cad5
 def partial_figure(ev):
