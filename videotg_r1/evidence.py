@@ -97,10 +97,11 @@ def write_cells(
     "Cells in one small file"
     write_atomic(path, lzma.compress(json.dumps(dict(lab=lab, cells=dict(sorted(cells.items())))).encode(), preset=9 | lzma.PRESET_EXTREME))
 
-# %% ../nbs/78_evidence.ipynb #75624c1b
+# %% ../nbs/78_evidence.ipynb #5b0c1d7e
 @lru_cache(8)
 def known_world(fields, split): return annotations(from_params(WorldConfig, json.loads(fields)), split)
 
+# %% ../nbs/78_evidence.ipynb #75624c1b
 @dataclass
 class Evidence:
     "The cells of a report"
@@ -137,12 +138,8 @@ class Evidence:
         part = "tests" if which == "zero-shot" else "blind"
         one = {b: r[part][test] for b in {b for b,_ in like} for r in self.zeros(b) if test in r[part]}
         return {(b, s): unpack(one[b]["ious"]) for b,s in like if b in one}
-    def pair(self,
-        arm:str, # of 64_experiments
-        control:str, # another arm, or zero-shot
-        test:str="test", # world
-    )->tuple: # (runs of the arm, of its control), as `runs`
-        "An arm beside its control"
+    def pair(self, arm, control, test="test"): # (runs of the arm, of its control), as `runs`
+        "An arm beside its control: another arm, or zero-shot"
         runs = self.runs(arm, test)
         return runs, self.fixed(control, runs, test) if control == "zero-shot" else self.runs(control, test)
     def zeros(self, base):
