@@ -3,8 +3,10 @@ import json
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -214,3 +216,94 @@ def test_explore_copies_the_notebooks_and_overwrites_nothing(tmp_path):
     assert code == 0 and {p.name for p in (tmp_path/"play").iterdir()} == {p.name for p in (ROOT/"nbs/explore").glob("*.ipynb")} and "jupyter lab" in out
     code, _, err = vtg("explore", tmp_path/"play")
     assert code == 2 and "is there already" in err
+
+
+def refused(argv, *words, code=2):
+    "One line without a traceback, with this exit code and these words"
+    rc, out, err = vtg(*argv, timeout=60)
+    assert rc == code and len(err.splitlines()) == 1 and "Traceback" not in out + err and all(w in err for w in words), (argv, rc, out, err)
+
+
+@pytest.mark.parametrize("text, words", [("prepare: 3", "params.prepare: expected a mapping"), ("train: [sft]", "params.train: expected a mapping"), ("train: {a: }", "params.train.a: expected a mapping"),
+                                         ("shared: abc", "params.shared: expected a mapping"), ("report: 3", "params.report: expected a mapping"), ("", "has no stage")])
+def test_sections_that_are_no_mapping_or_not_there(tmp_path, text, words):
+    (tmp_path/"p.yaml").write_text(f"run: x\n{text}\n")
+    refused(["run", tmp_path/"p.yaml", "--runs", tmp_path/"runs"], words)
+
+
+def test_run_refuses_impossible_numbers_and_folders_before_anything_starts(tmp_path):
+    (tmp_path/"file").touch()
+    for argv, words in ((["--jobs", "-1"], "--jobs must be 0"), (["--stall", "-5"], "--stall must be above 0"), (["--stall", "nan"], "--stall must be above 0"),
+                        (["--runs", tmp_path/"file"], "file is a file: name another"), (["--reports", tmp_path/"file/x"], "--reports must be a folder")):
+        refused(["run", "smoke", "--runs", tmp_path/"runs", *argv], words)
+    assert not (tmp_path/"runs").exists()
+    code, out, _ = vtg("preflight", "smoke", "--runs", tmp_path/"file")
+    assert code == 1 and "missing disk" in out and "name another folder with --runs" in out
+
+
+@pytest.mark.parametrize("old, new, words", [("G: 4", "G: 0", "grpo.G must be at least 1"), ("G: 4", "G: 9999999999", "and below 2**31, got 9999999999"), ("max_frames: 32", "max_frames: 0", "FrameSpec.max_frames"), ("method: grpo", "method: dpo", "method must be sft or grpo")])
+def test_preflight_refuses_what_no_stage_takes(tmp_path, old, new, words):
+    (tmp_path/"p.yaml").write_text((ROOT/"params/smoke.yaml").read_text().replace(old, new, 1))
+    refused(["preflight", tmp_path/"p.yaml"], words)
+
+
+def test_preflight_takes_numbers_in_quotes(tmp_path):
+    (tmp_path/"p.yaml").write_text((ROOT/"params/smoke.yaml").read_text().replace("G: 4", 'G: "4"', 1).replace("fps: 1.0", 'fps: "1.0"', 1))
+    assert vtg("preflight", tmp_path/"p.yaml")[0] == 0
+
+
+def test_mistakes_that_ended_in_a_traceback(tmp_path):
+    (tmp_path/"file").touch()
+    video = WORLD/"videos/heldout_00000.mp4"
+    refused(["ground", video, "x", "--timeout", "inf"], "at most a day")
+    refused(["ground", video, "x", "--frames", "="], "name=value, line 1")
+    refused(["evidence", "smoke"], "no section 'lab'")
+    refused(["evidence", "smoke", "--count"], "no section 'lab'")
+    refused(["torture", "smoke", "--points", "0", "--folder", tmp_path/"t"], "--points must be at least 1")
+    refused(["explore", tmp_path/"file"], "a file is where a folder is needed")
+    code, _, err = vtg("torture", "smoke", "--folder", tmp_path/"file")
+    assert code == 1 and "Traceback" not in err and "is a file" in err
+
+
+def test_values_may_stand_behind_a_flag(tmp_path):
+    refused(["world", tmp_path/"w", "--workers", "1", "train_videoz=1"], "did you mean 'train_videos'")
+    assert "unrecognized arguments: a=1" in vtg("watch", "x", "--once", "a=1")[2]
+
+
+def test_a_reader_that_leaves(tmp_path):
+    code = "import sys; from videotg_r1.cli import main; sys.exit(main())"
+    p = subprocess.Popen([sys.executable, "-c", code, "preflight", "smoke"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    p.stdout.close()
+    err = p.stderr.read()
+    assert p.wait(60) == 130 and "closed pipe" in err and len(err.splitlines()) == 1, err
+
+
+def test_ctrl_c_again_and_again_leaves_no_traceback(tmp_path):
+    "The third arrives while the process waits for its children to end"
+    code = """import sys, signal, multiprocessing, time
+from videotg_r1 import cli
+signal.signal(signal.SIGINT, signal.default_int_handler)
+def child(): signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(5)
+def verb(args):
+    multiprocessing.get_context("fork").Process(target=child).start()
+    print("up", flush=True); time.sleep(60)
+cli.VERBS["doctor"] = (verb, [])
+sys.exit(cli.main(["doctor"]))"""
+    p = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    assert p.stdout.readline() == "up\n"
+    p.send_signal(signal.SIGINT)
+    line = p.stderr.readline()
+    time.sleep(.5)
+    p.send_signal(signal.SIGINT)
+    rest = p.stderr.read()
+    assert "stopped; the same command goes on" in line and not rest and p.wait(30) in (130, -signal.SIGINT)
+
+
+def test_a_damaged_record_is_named(tmp_path):
+    a_run(tmp_path/"runs/new", 1e-4, 1.)
+    (tmp_path/"runs/new/prepare/run.json").write_text('{"a')
+    for argv in (["browse", "new"], ["compare", "new", "new"]): refused([*argv, "--runs", tmp_path/"runs"], "prepare/run.json", "restore it, or move it away")
+    (tmp_path/"by-hand").mkdir()
+    (tmp_path/"by-hand/SUCCESS").write_text("")
+    (tmp_path/"by-hand/identity.json").write_text("{")
+    refused(["stage", "select", f"samples={WORLD/'train.jsonl'}", "--run-dir", tmp_path/"by-hand"], "identity.json: damaged", "move it away")

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from videotg_r1 import cli, grpo, sft, stages
 from videotg_r1.grpo import train_grpo
 from videotg_r1.ledger import locked, read_ledger
 from videotg_r1.policy import random_policy
-from videotg_r1.records import read_jsonl
+from videotg_r1.records import read_jsonl, write_atomic
 from videotg_r1.sft import SFTSettings, train_sft
 from videotg_r1.training import checkpoints, seal
 from videotg_r1.video import FrameCache
@@ -376,6 +377,24 @@ def test_a_folder_that_cannot_be_written_is_one_line(disk, capsys):
     assert cli.main(["stage", "select", "--run-dir", str(folder/"r")]) == 2
     err = capsys.readouterr().err
     assert "Read-only file system" in err and str(folder) in err and len(err.splitlines()) == 1
+
+
+def test_a_run_on_a_disk_that_it_cannot_use_starts_nothing(disk, capsys):
+    folder = disk("ro")
+    assert cli.main(["run", "smoke", "--runs", str(folder)]) == 2
+    assert f"--runs must be a folder that can be written to: {folder} is read-only" in capsys.readouterr().err
+    assert cli.main(["preflight", "smoke", "--runs", str(folder)]) == 1 and "name another folder with --runs" in capsys.readouterr().out
+    with pytest.raises(OSError, match="Read-only") as e: write_atomic(folder/"x.json", "{}")
+    assert e.value.filename == str(folder/"x.json"), "not the name of a temporary file"
+
+
+def test_a_disk_full_before_the_first_file(disk, capsys):
+    small = disk("size=64k")
+    with suppress(OSError): (small/"fill").write_bytes(bytes(2**17))
+    assert cli.main(["preflight", "smoke", "--runs", str(small)]) == 1 and "missing disk         0 GB free" in capsys.readouterr().out
+    assert cli.main(["run", "smoke", "--runs", str(small), "--only", "prepare"]) == 1
+    said = capsys.readouterr()
+    assert "no_space prepare" in said.out and "is full: make room and run the same command again" in said.err and len(said.err.splitlines()) == 1
 
 
 # ---------------------------------------------------------------- a stage that hangs

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NOTHING', 'CPU', 'CPU_RATES', 'check_model', 'check_data', 'told_by', 'model_size', 'frames_of', 'training_of',
            'variants_of', 'typical', 'Outlook', 'outlook', 'words', 'duration_text', 'judge_cost', 'price', 'estimates',
-           'disk_need', 'listed', 'preflight']
+           'disk_need', 'listed', 'numbers', 'preflight']
 
 # %% ../nbs/81_preflight.ipynb #3e6accc0
 import json
+import re
 import shutil
 import tempfile
 from dataclasses import astuple, dataclass, replace
@@ -41,7 +42,8 @@ from videotg_r1.prediction import (
     what_fits,
 )
 from .records import write_jsonl
-from .stages import check_params, plan_run, stage_notebook
+from .stages import check_params, plan_run, stage_notebook, there, unwritable
+from .video import FrameSpec
 
 # %% ../nbs/81_preflight.ipynb #a977a059
 def check_model(
@@ -114,7 +116,11 @@ def training_of(
 )->Training: # what memory and time depend on
     "How a stage trains"
     method = p.get("method", "grpo")
+    if method not in ("sft", "grpo"): raise ValueError(f"train: method must be sft or grpo, got {method!r:.100}")
     s, grpo = p[method] | (given or {}), method == "grpo"
+    for k in ("prompts_per_step", "batch_size", "G", "grad_accum", "steps"):
+        if not 1 <= s.get(k, 1) < 2**31: raise ValueError(f"{method}.{k} must be at least 1 and below 2**31, got {s[k]!r:.100}")
+        if k in s: s[k] = int(s[k]) # 4.0 counts as 4
     return Training(method, s.get("prompts_per_step" if grpo else "batch_size", 8), s.get("G", 8) if grpo else 1, s.get("grad_accum", 1), s.get("lora_r", 0),
                     s.get("freeze_vision", False), s.get("gradient_checkpointing", False), min(ANSWER_TOKENS, s.get("max_completion_length", 32)),
                     s.get("max_completion_length", 32) if grpo else ANSWER_TOKENS, s.get("save_steps", 50), s.get("beta", 0.), "fsdp" in p.get("launch", "") or "zero3" in p.get("launch", ""),
@@ -285,6 +291,16 @@ def listed(
     missing = sum(r["what"] == "missing" for r in rows)
     return Finding("note", "videos", f"{missing} missing and {len(rows) - missing} undecodable videos are listed in {path}")
 
+# %% ../nbs/81_preflight.ipynb #3b70cc01
+def numbers(
+    params, # parameters of a stage, resolved
+    inside=False, # of a setting; names of models and pools stay texts
+): # the same
+    "Settings whose numbers were given in quotes, as numbers"
+    if isinstance(params, dict): return {k: numbers(v, inside or isinstance(v, dict)) for k,v in params.items()}
+    if not inside or not isinstance(params, str) or not re.fullmatch(r"[0-9]+(\.[0-9]*)?(e[-+]?[0-9]+)?", params, re.I): return params
+    return int(params) if params.isdecimal() else float(params)
+
 # %% ../nbs/81_preflight.ipynb #7ee813f4
 def preflight(
     config:dict, # params file
@@ -298,14 +314,17 @@ def preflight(
     plan = plan_run(config, root)
     base = (config.get("shared") or {}).get("model", "tiny") # what is trained has the size of its base
     fill = lambda p: p | ({"model": base} if str(p.get("model", "")).endswith("/training/final") else {})
-    jobs = [type(j)(j.name, j.stage, fill(check_params(stage_notebook(j.stage), j.params)), j.needs) for j in plan]
+    jobs = [type(j)(j.name, j.stage, fill(numbers(check_params(stage_notebook(j.stage), j.params))), j.needs) for j in plan]
+    for j in jobs:
+        if "frames" in j.params: from_params(FrameSpec, frames_of(j.params)) # refuses what no stage would take
     first = next((j for j in jobs if j.stage == "prepare"), None)
     out = [Finding("ok", "params", f"{len(jobs)} stages, all parameters known")]
     models = {j.params["model"] for j in jobs if "model" in j.params and not j.params.get("judge")}
     out += [check_model(m) for m in sorted(models)]
     found, sizes, useless = check_data(first.params) if first else ([], NOTHING, [])
-    if useless: found.append(listed(useless, repo_path(root)/config["run"]/"unusable.jsonl"))
+    if useless and not unwritable(root): found.append(listed(useless, repo_path(root)/config["run"]/"unusable.jsonl"))
     out += found + estimates(jobs, sizes, cards, card)
-    free, (weights, frames) = shutil.disk_usage(repo_path()).free/1e9, disk_need(jobs, sizes)
+    if why := unwritable(root): return [*out, Finding("missing", "disk", f"no run can be written to {repo_path(root)}: {why}", "name another folder with --runs")]
+    free, (weights, frames) = shutil.disk_usage(there(root)).free/1e9, disk_need(jobs, sizes)
     said = f"{free:.0f} GB free, about {weights:.0f} GB for checkpoints and {frames:.1f} GB for decoded frames"
     return out + [Finding("ok" if free > weights + frames else "missing", "disk", said)]

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import secrets
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -122,7 +123,8 @@ def write_atomic(
         try: os.fsync(folder) # the new name, too, is on the disk
         finally: os.close(folder)
     except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from None # a write on a full disk names no file
-    finally: tmp.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): tmp.unlink(missing_ok=True) # on a read-only disk not even this: the first error is the one to tell
     return path
 
 # %% ../nbs/01_records.ipynb #7855803d

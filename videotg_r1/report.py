@@ -21,6 +21,7 @@ import shutil
 import time
 from pathlib import Path
 
+from .annotations import read_json
 from .config import scrub
 from .datasets import repo_path
 from .failures import ERRORS, FIELDS, breakdown, diagnose, offsets, reading, recall_by, to_look_at
@@ -50,8 +51,11 @@ def read_stage(
     "The results of one stage"
     folder = Path(folder)
     if not (folder/"SUCCESS").is_file(): return None
-    done = json.loads((folder/"SUCCESS").read_text())
-    load = lambda name: json.loads((folder/name).read_text()) if (folder/name).is_file() else {}
+    def load(name):
+        if not (folder/name).is_file(): return {}
+        try: return read_json(folder/name, dict)
+        except ValueError as e: raise ValueError(f"{e}; restore it, or move it away and run the same `vtg run` again") from None
+    done = load("SUCCESS")
     return dict(folder=folder, **{k: load(f"{k}.json") for k in ("metrics", "compute", "run", "params")},
                 code=done.get("code", ""), outputs=done.get("outputs", {}))
 

@@ -6,13 +6,13 @@
 __all__ = ['WORDS', 'WIRES', 'NO_INPUT', 'NO_CHOICE', 'JUDGE_HOW', 'GUARD', 'STACKS', 'STALL_S', 'SECTIONS', 'stage_notebook',
            'nearest', 'Param', 'parameters_cell', 'stage_params', 'plain', 'fit_type', 'settings_class',
            'settings_fields', 'type_of', 'settings_given', 'check_settings', 'check_params', 'seeds_of', 'file_sha',
-           'read_success', 'input_id', 'stage_identity', 'guarded', 'die_with_parent', 'Growth', 'Watch', 'printed',
-           'kernel_pid', 'told_to_stop', 'StageError', 'trim_outputs', 'cell_states', 'stage_engine', 'kernel_env',
-           'clean_log', 'cleaned', 'execute', 'watched', 'provenance', 'code_sha', 'gpu_name', 'finish', 'write_json',
-           'read_json', 'outputs_of', 'damaged', 'close_attempts', 'stage_state', 'prepare_dir', 'check_inputs',
+           'read_json', 'read_success', 'input_id', 'stage_identity', 'guarded', 'die_with_parent', 'Growth', 'Watch',
+           'printed', 'kernel_pid', 'told_to_stop', 'StageError', 'trim_outputs', 'cell_states', 'stage_engine',
+           'kernel_env', 'clean_log', 'cleaned', 'execute', 'watched', 'provenance', 'code_sha', 'gpu_name', 'finish',
+           'write_json', 'outputs_of', 'damaged', 'close_attempts', 'stage_state', 'prepare_dir', 'check_inputs',
            'status_of', 'run_stage', 'record_start', 'record_end', 'Job', 'run_folder', 'wired', 'make_job',
-           'check_run', 'plan_run', 'work', 'Running', 'start', 'end_jobs', 'run_jobs', 'run_all', 'run_part',
-           'write_job', 'set_aside']
+           'check_run', 'plan_run', 'work', 'Running', 'start', 'end_jobs', 'run_jobs', 'there', 'unwritable',
+           'run_all', 'run_part', 'write_job', 'set_aside']
 
 # %% ../nbs/80_stages.ipynb #b9e40c51
 import ast
@@ -217,12 +217,20 @@ def file_sha(
     "Content of a file in one word"
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
+def read_json(
+    path, # file to read
+    default=None, # what a missing file means
+): # its content
+    "Json of a file, or `default` where there is none"
+    if not Path(path).is_file(): return default
+    try: return json.loads(Path(path).read_text())
+    except ValueError as e: raise ValueError(f"{path}: damaged, not json ({e}): restore it, or move it away and run the same command again") from None
+
 def read_success(
     folder, # a run folder
 )->dict|None: # what `SUCCESS` holds, None if the stage is not finished
     "The marker of a finished stage"
-    try: return json.loads((Path(folder)/"SUCCESS").read_text())
-    except (FileNotFoundError, NotADirectoryError): return None
+    return read_json(Path(folder)/"SUCCESS")
 
 def input_id(
     path, # a file or folder
@@ -626,13 +634,6 @@ def write_json(
     "Readable json, written atomically, without tokens and home folders"
     write_atomic(path, scrub(json.dumps(obj, indent=1, ensure_ascii=False)) + "\n")
 
-def read_json(
-    path, # file to read
-    default=None, # what a missing file means
-): # its content
-    "Json of a file, or `default` where there is none"
-    return json.loads(Path(path).read_text()) if Path(path).is_file() else default
-
 # %% ../nbs/80_stages.ipynb #c3175105
 def outputs_of(
     run_dir, # a run folder
@@ -837,6 +838,10 @@ def check_run(
     if not isinstance(name := config.get("run"), str) or not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,59}", name):
         raise ValueError(f"params.run: expected a name of letters, digits, '_', '-' and '.', got {config.get('run')!r}: "
                          "it names the folders runs/<run> and reports/<run>")
+    groups = {f"params.{k}": config[k] for k in SECTIONS[1:] if config.get(k) is not None}
+    if isinstance(variants := config.get("train"), dict): groups |= {f"params.train.{k}": v for k,v in variants.items()}
+    for where,given in groups.items():
+        if not isinstance(given, dict): raise ValueError(f"{where}: expected a mapping of names to values, got {given!r:.100}: write {{}} for the defaults")
     for name in config.get("train") or {}:
         if not re.fullmatch(r"\w+", name): raise ValueError(f"params.train: a variant is a word, got {name!r}")
     shared = config.get("shared") or {}
@@ -879,7 +884,10 @@ def work(
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN) # Ctrl-C reaches every process of a terminal; the owner sends SIGTERM
     try: pipe.send((run_stage(job.stage, job.params, folder, force=force, stall_s=stall_s), ""))
-    except (StageError, ValueError, OSError) as e: pipe.send((getattr(e, "status", "failed"), f"{type(e).__name__}: {e}"))
+    except (StageError, ValueError, OSError) as e:
+        full = getattr(e, "errno", None) == errno.ENOSPC # before the stage has begun: `run_stage` says the rest
+        said = f"the disk of {folder} is full: make room and run the same command again, what is finished is kept" if full else f"{type(e).__name__}: {e}"
+        pipe.send(("no_space" if full else getattr(e, "status", "failed"), said))
 
 @dataclass
 class Running:
@@ -945,12 +953,27 @@ def run_jobs(
             for r in [r for r in running if r.process.sentinel in wait([r.process.sentinel for r in running])]:
                 running.remove(r)
                 status, message = r.result()
-                say(f"{time.monotonic() - r.started:6.0f} s  {status:8}{r.job.name}{'  ' + message if message else ''}")
+                say(f"{time.monotonic() - r.started:6.0f} s  {status + ' ':8}{r.job.name}{'  ' + message if message else ''}")
                 if status in ("ok", "skipped"): done[r.job.name] = status
                 else: broken.append(f"{r.job.name}: {message}")
     finally: end_jobs(running)
     if broken: raise StageError("\n".join(broken))
     return done
+
+# %% ../nbs/80_stages.ipynb #5c1f0e02
+def there(
+    path, # of what may not be made yet
+)->Path: # the path itself, or the nearest above it that is there
+    "Where something will be made"
+    path = repo_path(path)
+    return next(o for o in (path, *path.parents) if o.exists())
+
+def unwritable(
+    path, # of a folder, which may not be made yet
+)->str: # why; '' where it can
+    "Why nothing can be written to a folder; nothing is made to find out"
+    if not (at := there(path)).is_dir(): return f"{at} is a file"
+    return "" if os.access(at, os.W_OK | os.X_OK) else f"{at} is read-only, or belongs to somebody else"
 
 # %% ../nbs/80_stages.ipynb #3557e7a7
 def run_all(
@@ -966,6 +989,12 @@ def run_all(
     "Run every stage of a params file and write its report; call it again to go on"
     config = params if isinstance(params, dict) else load_params(params)
     plan = plan_run(config, root)
+    if not plan: raise ValueError(f"run_all: run {config['run']!r} has no stage, so nothing is to be done: give its params file a section, as prepare: {{}}")
+    if jobs < 0: raise ValueError(f"run_all: --jobs must be 0 (as many as fit) or more, got {jobs}")
+    if stall_s is not None and not stall_s > 0: raise ValueError(f"run_all: --stall must be above 0 seconds, got {stall_s:g}")
+    reported = not only and config.get("report") is not None
+    for flag,path in (("--runs", root), ("--reports", reports))[:1 + reported]:
+        if why := unwritable(path): raise ValueError(f"run_all: {flag} must be a folder that can be written to: {why}: name another")
     if only:
         names, chosen = [j.name for j in plan], only.split(",")
         for o in chosen:

@@ -25,7 +25,7 @@ from pathlib import Path
 from .datasets import repo_path
 from .ledger import locked, seal_line, sealed_rows, write_atomic
 from .records import to_json
-from .stages import file_sha, nearest, plan_run, read_json
+from .stages import StageError, file_sha, nearest, plan_run, read_json
 
 # %% ../nbs/83_torture.ipynb #88c16292
 WATCHED = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
@@ -164,7 +164,7 @@ class Victim:
         "Run to the end"
         process = self.start(only)
         with not_left(process): out = process.communicate()[0]
-        if process.returncode not in (0, 3): raise RuntimeError(f"torture: `vtg run` of {self.folder} ended with {process.returncode}:\n{out}")
+        if process.returncode not in (0, 3): raise StageError(f"torture: `vtg run` of {self.folder} ended with {process.returncode}:\n{out}")
         return out
 
 # %% ../nbs/83_torture.ipynb #ddd3700d
@@ -391,6 +391,7 @@ def torture(
 )->list: # differences, in words; empty where the promise holds
     "Strike a run at random moments and compare it with one in peace"
     from videotg_r1.config import load_params
+    if points < 1: raise ValueError(f"torture: --points must be at least 1, got {points}")
     config, folder = load_params(params), repo_path(folder)
     plan = plan_run(config)
     jobs = tuple(j.name for j in plan)
