@@ -256,6 +256,7 @@ def test_mistakes_that_ended_in_a_traceback(tmp_path):
     (tmp_path/"file").touch()
     video = WORLD/"videos/heldout_00000.mp4"
     refused(["ground", video, "x", "--timeout", "inf"], "at most a day")
+    refused(["ground", video, "x", "--out", video], "--out must be a .png file")
     refused(["ground", video, "x", "--frames", "="], "name=value, line 1")
     refused(["evidence", "smoke"], "no section 'lab'")
     refused(["evidence", "smoke", "--count"], "no section 'lab'")

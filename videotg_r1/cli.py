@@ -116,6 +116,7 @@ def ground(
     if not args.query.strip(): raise ValueError("the query is empty: say what to find, as in \"a person opens a door\"")
     if len(args.query) > 2000: raise ValueError(f"the query has {len(args.query)} characters, at most 2000 are asked: say in one sentence what to find")
     if not 0 < args.timeout <= 86400: raise ValueError(f"--timeout must be above 0 seconds and at most a day (86400), got {args.timeout:g}")
+    if args.out and Path(args.out).suffix.lower() != ".png": raise ValueError(f"--out must be a .png file to write the timeline to, got {args.out}")
     probe(args.video, args.timeout) # a broken file is found before a model is loaded
     policy, spec = lib("variants").open_model(args.model, pairs(args.frames), args.device)
     clip = read_clip(args.video, spec, timeout_s=args.timeout)
@@ -432,7 +433,7 @@ VERBS = {
     "doctor": (doctor, []),
     "ground": (ground, [("video", dict(help="video file")), ("query", dict(help="sentence to find")),
                         ("--model", dict(default="tiny", help="tiny, a folder, or a hub id (default: tiny)")),
-                        ("--out", dict(default="", help="picture to write (default: VIDEO_timeline.png in the working folder)")),
+                        ("--out", dict(default="", help=".png file to write (default: VIDEO_timeline.png in the working folder)")),
                         ("--device", dict(default="auto", help="auto, cpu or cuda (default: auto)")),
                         ("--timeout", dict(type=float, default=60., help="seconds that decoding may take (default: 60)")),
                         ("--frames", dict(nargs="*", default=[], metavar="name=value", help="how frames are taken, as in fps=1"))]),
