@@ -1277,6 +1277,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'videotg_r1.runners.conclude': ('runners.html#conclude', 'videotg_r1/runners.py'),
                                     'videotg_r1.runners.gpu_count': ('runners.html#gpu_count', 'videotg_r1/runners.py'),
                                     'videotg_r1.runners.launch': ('runners.html#launch', 'videotg_r1/runners.py'),
+                                    'videotg_r1.runners.launch_config': ('runners.html#launch_config', 'videotg_r1/runners.py'),
                                     'videotg_r1.runners.main': ('runners.html#main', 'videotg_r1/runners.py'),
                                     'videotg_r1.runners.own_device': ('runners.html#own_device', 'videotg_r1/runners.py'),
                                     'videotg_r1.runners.packed': ('runners.html#packed', 'videotg_r1/runners.py'),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['AGENTS', 'ERROR', 'Follower', 'Ranks', 'Absent', 'Opening', 'packed', 'unpacked', 'Actor', 'warm', 'ray_cluster',
            'RayPool', 'AgentJob', 'conclude', 'run_agent', 'gpu_count', 'complaint', 'launch', 'own_device',
-           'agent_rank', 'TrainJob', 'train_here', 'processes_of', 'run_training', 'main']
+           'agent_rank', 'TrainJob', 'train_here', 'processes_of', 'launch_config', 'run_training', 'main']
 
 # %% ../nbs/63_runners.ipynb #aaad91e4
 import json
@@ -387,13 +387,19 @@ def processes_of(
     return ["--num_processes", str(asked)] if asked else []
 
 # %% ../nbs/63_runners.ipynb #a5bcd206
+def launch_config(
+    path:str, # accelerate config file, as in `launch`
+)->Path: # the file
+    "Where a config for `accelerate launch` lies; refused where it does not"
+    if not (found := repo_path(path)).is_file(): raise ValueError(f"launch: no accelerate config {path}: params/accelerate holds some, `accelerate config` writes others")
+    return found
+
 def run_training(
     job:TrainJob, # what to train, and with how many processes
 )->dict: # as of `fit`
     "Train, or go on, or return what is finished"
     if not job.launch: return train_here(job, job.device)
-    config = repo_path(job.launch)
-    if not config.is_file(): raise ValueError(f"TrainJob.launch: no accelerate config {job.launch}: params/accelerate holds some, `accelerate config` writes others")
+    config = launch_config(job.launch)
     starter = ["accelerate.commands.launch", "--config_file", str(config)]
     launch("train", job, starter + processes_of(config, job.processes))
     final = Path(job.path)/"final"

@@ -866,7 +866,11 @@ def plan_run(
             own = make_job(f"evaluate-{job.name.split('-')[1]}", config["evaluate"], config, root,
                            dict(model=run_folder(root, config["run"], job.name) + "/training/final"))
             judge.append(Job(own.name, own.stage, own.params, own.needs + (job.name,)))
-    for job in once + train + judge + late: check_params(stage_notebook(job.stage), job.params)
+    for job in once + train + judge + late:
+        check_params(stage_notebook(job.stage), job.params)
+        if job.params.get("launch"):
+            from videotg_r1.runners import launch_config # not with the rest: it brings torch
+            launch_config(job.params["launch"])
     return once + train + judge + late
 
 # %% ../nbs/80_stages.ipynb #47d54dc8
