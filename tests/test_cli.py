@@ -218,24 +218,25 @@ def test_explore_copies_the_notebooks_and_overwrites_nothing(tmp_path):
     assert code == 2 and "is there already" in err
 
 
-def refused(argv, *words, code=2):
-    "One line without a traceback, with this exit code and these words"
+def refused(*argv):
+    "The one line, without a traceback, with which a command that ends with 2 says why"
     rc, out, err = vtg(*argv, timeout=60)
-    assert rc == code and len(err.splitlines()) == 1 and "Traceback" not in out + err and all(w in err for w in words), (argv, rc, out, err)
+    assert rc == 2 and len(err.splitlines()) == 1 and "Traceback" not in out + err, (argv, rc, out, err)
+    return err
 
 
 @pytest.mark.parametrize("text, words", [("prepare: 3", "params.prepare: expected a mapping"), ("train: [sft]", "params.train: expected a mapping"), ("train: {a: }", "params.train.a: expected a mapping"),
                                          ("shared: abc", "params.shared: expected a mapping"), ("report: 3", "params.report: expected a mapping"), ("", "has no stage")])
 def test_sections_that_are_no_mapping_or_not_there(tmp_path, text, words):
     (tmp_path/"p.yaml").write_text(f"run: x\n{text}\n")
-    refused(["run", tmp_path/"p.yaml", "--runs", tmp_path/"runs"], words)
+    assert words in refused("run", tmp_path/"p.yaml", "--runs", tmp_path/"runs")
 
 
 def test_run_refuses_impossible_numbers_and_folders_before_anything_starts(tmp_path):
     (tmp_path/"file").touch()
     for argv, words in ((["--jobs", "-1"], "--jobs must be 0"), (["--stall", "-5"], "--stall must be above 0"), (["--stall", "nan"], "--stall must be above 0"),
                         (["--runs", tmp_path/"file"], "file is a file: name another"), (["--reports", tmp_path/"file/x"], "--reports must be a folder")):
-        refused(["run", "smoke", "--runs", tmp_path/"runs", *argv], words)
+        assert words in refused("run", "smoke", "--runs", tmp_path/"runs", *argv)
     assert not (tmp_path/"runs").exists()
     code, out, _ = vtg("preflight", "smoke", "--runs", tmp_path/"file")
     assert code == 1 and "missing disk" in out and "name another folder with --runs" in out
@@ -244,7 +245,7 @@ def test_run_refuses_impossible_numbers_and_folders_before_anything_starts(tmp_p
 @pytest.mark.parametrize("old, new, words", [("G: 4", "G: 0", "grpo.G must be at least 1"), ("G: 4", "G: 9999999999", "and below 2**31, got 9999999999"), ("max_frames: 32", "max_frames: 0", "FrameSpec.max_frames"), ("method: grpo", "method: dpo", "method must be sft or grpo")])
 def test_preflight_refuses_what_no_stage_takes(tmp_path, old, new, words):
     (tmp_path/"p.yaml").write_text((ROOT/"params/smoke.yaml").read_text().replace(old, new, 1))
-    refused(["preflight", tmp_path/"p.yaml"], words)
+    assert words in refused("preflight", tmp_path/"p.yaml")
 
 
 def test_preflight_takes_numbers_in_quotes(tmp_path):
@@ -255,23 +256,23 @@ def test_preflight_takes_numbers_in_quotes(tmp_path):
 def test_mistakes_that_ended_in_a_traceback(tmp_path):
     (tmp_path/"file").touch()
     video = WORLD/"videos/heldout_00000.mp4"
-    refused(["ground", video, "x", "--timeout", "inf"], "at most a day")
-    refused(["ground", video, "x", "--out", video], "--out must be a .png file")
-    refused(["ground", video, "x", "--frames", "="], "name=value, line 1")
-    refused(["evidence", "smoke"], "no section 'lab'")
-    refused(["evidence", "smoke", "--count"], "no section 'lab'")
-    refused(["torture", "smoke", "--points", "0", "--folder", tmp_path/"t"], "--points must be at least 1")
-    refused(["explore", tmp_path/"file"], "a file is where a folder is needed")
+    assert "at most a day" in refused("ground", video, "x", "--timeout", "inf")
+    assert "--out must be a .png file" in refused("ground", video, "x", "--out", video)
+    assert "name=value, line 1" in refused("ground", video, "x", "--frames", "=")
+    assert "no section 'lab'" in refused("evidence", "smoke")
+    assert "no section 'lab'" in refused("evidence", "smoke", "--count")
+    assert "--points must be at least 1" in refused("torture", "smoke", "--points", "0", "--folder", tmp_path/"t")
+    assert "a file is where a folder is needed" in refused("explore", tmp_path/"file")
     code, _, err = vtg("torture", "smoke", "--folder", tmp_path/"file")
     assert code == 1 and "Traceback" not in err and "is a file" in err
 
 
 def test_values_may_stand_behind_a_flag(tmp_path):
-    refused(["world", tmp_path/"w", "--workers", "1", "train_videoz=1"], "did you mean 'train_videos'")
+    assert "did you mean 'train_videos'" in refused("world", tmp_path/"w", "--workers", "1", "train_videoz=1")
     assert "unrecognized arguments: a=1" in vtg("watch", "x", "--once", "a=1")[2]
 
 
-def test_a_reader_that_leaves(tmp_path):
+def test_a_reader_that_leaves():
     code = "import sys; from videotg_r1.cli import main; sys.exit(main())"
     p = subprocess.Popen([sys.executable, "-c", code, "preflight", "smoke"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     p.stdout.close()
@@ -279,8 +280,8 @@ def test_a_reader_that_leaves(tmp_path):
     assert p.wait(60) == 130 and "closed pipe" in err and len(err.splitlines()) == 1, err
 
 
-def test_ctrl_c_again_and_again_leaves_no_traceback(tmp_path):
-    "The third arrives while the process waits for its children to end"
+def test_ctrl_c_again_leaves_no_traceback():
+    "The second arrives while the process waits for its children to end"
     code = """import sys, signal, multiprocessing, time
 from videotg_r1 import cli
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -303,8 +304,11 @@ sys.exit(cli.main(["doctor"]))"""
 def test_a_damaged_record_is_named(tmp_path):
     a_run(tmp_path/"runs/new", 1e-4, 1.)
     (tmp_path/"runs/new/prepare/run.json").write_text('{"a')
-    for argv in (["browse", "new"], ["compare", "new", "new"]): refused([*argv, "--runs", tmp_path/"runs"], "prepare/run.json", "restore it, or move it away")
+    for argv in (["browse", "new"], ["compare", "new", "new"]):
+        said = refused(*argv, "--runs", tmp_path/"runs")
+        assert "prepare/run.json" in said and "restore it, or move it away" in said
     (tmp_path/"by-hand").mkdir()
     (tmp_path/"by-hand/SUCCESS").write_text("")
     (tmp_path/"by-hand/identity.json").write_text("{")
-    refused(["stage", "select", f"samples={WORLD/'train.jsonl'}", "--run-dir", tmp_path/"by-hand"], "identity.json: damaged", "move it away")
+    said = refused("stage", "select", f"samples={WORLD/'train.jsonl'}", "--run-dir", tmp_path/"by-hand")
+    assert "identity.json: damaged" in said and "move it away" in said
