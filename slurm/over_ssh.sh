@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The same without a queue: one agent's stage on several machines by ssh, a part each, then one ledger.
+# Without a queue: one agent's stage on several machines by ssh, a part each, then one ledger.
 #   slurm/over_ssh.sh params/X.yaml reflect runs/X/reflect/reflections.jsonl node1 node2 node3
 # The machines see this folder under the same path and have the environment in .venv. Called again, finished parts are skipped and others go on.
 set -euo pipefail
