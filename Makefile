@@ -31,7 +31,7 @@ $(STAMP): settings.ini constraints.txt setup.py pyproject.toml
 quickstart: $(STAMP)  ## the whole method on two CPU cores; ends with reports/quickstart/index.html
 	$(OFFLINE) $(BIN)/vtg run params/quickstart.yaml --jobs $(JOBS)
 
-test: $(STAMP)  ## export and clean change nothing, ruff, every notebook, then pytest
+test: $(STAMP)  ## export and clean change nothing, ruff, the notebooks (of nbs/explore two), then pytest
 	@$(OFFLINE) bash .ci/gate $(BIN)
 
 explore: $(STAMP)  ## every explore notebook, top to bottom; in JupyterLab and a browser too where playwright and chromium are there
