@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['YES_NO', 'AHEAD_FROM', 'by_video', 'plan_units', 'longest_first', 'check_fold', 'fold_settings', 'fold_of',
            'sample_seed', 'clip_reader', 'read_ahead', 'is_existence', 'task_prompt', 'event_text', 'within_memory',
-           'ask_answers', 'ask_yes', 'ask_further', 'inputs_of', 'TwoSteps', 'check_broken', 'first_steps', 'find',
-           'run_batches', 'write_found', 'part_path', 'take_in', 'InProcess']
+           'ask_answers', 'ask_yes', 'ask_further', 'inputs_of', 'TwoSteps', 'looks_ahead', 'check_broken',
+           'first_steps', 'find', 'run_batches', 'write_found', 'part_path', 'take_in', 'InProcess']
 
 # %% ../nbs/34_batches.ipynb #bf39f9db
 import itertools
@@ -15,12 +15,12 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import singledispatch
+from functools import partial, singledispatch
 
 from .compute import model_shape, prompt_cost, total_cost
 from .engine import answer_probability, go_on, in_flight, inference, sample
 from .ledger import Ledger, fingerprint
-from .policy import Encoded, encode, frame_spec, pair_keys
+from .policy import Encoded, Policy, encode, frame_spec, look_ahead, pair_keys
 from .progress import bar
 from .prompts import exists_prompt, prompt_for
 from .video import VideoError, read_clip
@@ -246,9 +246,16 @@ def inputs_of(
 class TwoSteps:
     "Work on a batch, the first step of which can be done ahead"
     first: object # [(Sample, Clip)] -> inputs; in another thread, without the model
-    then: object # ([(Sample, Clip)], inputs) -> one row for each
+    then: object # ([(Sample, Clip)], inputs) -> one row for each; with `ahead` it also takes `meanwhile`, for `sample`
+    ahead: object = None # (inputs, between) -> inputs: what a GPU can do for the next batch while the answers of this one are written, see `look_ahead`
 
     def __call__(self, pairs): return self.then(pairs, self.first(pairs))
+
+def looks_ahead(
+    policy, # Policy, or Judge
+): # `ahead` of `TwoSteps` where inputs are a list of Encoded; None without a GPU
+    "Let the tower look at the next batch"
+    return partial(look_ahead, policy) if isinstance(policy, Policy) and policy.device.type == "cuda" else None
 
 # %% ../nbs/34_batches.ipynb #be1055bc
 def check_broken(
@@ -278,7 +285,7 @@ def first_steps(
         yield batch, bad, pairs, work.first(pairs) if pairs else None
 
 # %% ../nbs/34_batches.ipynb #b32201b5
-AHEAD_FROM = .55 # share of the time that asking about a batch takes, from which on the next one is prepared: answers are being written by then, and Python is free
+AHEAD_FROM = .55 # share of the time that asking about a batch takes, from which on the next one is prepared; earlier where it is known that answers are being written, and Python is free
 
 def find(
     batches, # list of lists of `Sample`
@@ -287,19 +294,24 @@ def find(
     read, # path -> Clip, may raise VideoError
     readers:int=2, # videos read at the same time
 ): # yields the rows of each batch, in the order of its samples
-    "Work through batches; the first step of `TwoSteps` is a batch ahead"
+    "Work through batches; the first step of `TwoSteps` is a batch ahead, and so is what a GPU does ahead"
     two = work if isinstance(work, TwoSteps) else TwoSteps(lambda pairs: None, lambda pairs, _: work(pairs))
-    steps, over, took = first_steps(batches, two, read, readers), threading.Event(), []
-    def later(seconds): over.wait(seconds); return next(steps, None)
+    steps, free, took, ready = first_steps(batches, two, read, readers), threading.Event(), [], []
+    def later(seconds): free.wait(seconds); return next(steps, None)
+    def meanwhile(between):                                             # answers are being written
+        free.set()
+        if ready or not coming.done() or coming.exception() or not (following := coming.result()) or not following[2]: return
+        ready.append((*following[:3], two.ahead(following[3], between)))
+    how = dict(meanwhile=meanwhile) if two.ahead else {}
     try:
         with ThreadPoolExecutor(1, thread_name_prefix="first_step") as pool:
             coming = pool.submit(later, 0)
-            while (now := coming.result()) is not None:
-                over.clear()
+            while (now := ready.pop() if ready else coming.result()) is not None:
+                free.clear()
                 coming = pool.submit(later, AHEAD_FROM*min(took[1:], default=0))             # the first one may have compiled
                 (batch, bad, pairs, made), begun = now, time.perf_counter()
-                try: rows = {r["qid"]: r for r in (two.then(pairs, made) if pairs else [])}
-                finally: over.set()
+                try: rows = {r["qid"]: r for r in (two.then(pairs, made, **how) if pairs else [])}
+                finally: free.set()
                 took.append(time.perf_counter() - begun)
                 assert set(rows) == {s.qid for s, _ in pairs}, f"work must return a row for each sample, got {sorted(rows)}"
                 rows |= {s.qid: dict(broken(s, bad[s.qid]), broken=True) for s in batch if s.qid in bad}

@@ -8,9 +8,9 @@ __all__ = ['SHAPES', 'AXES', 'BENCHES', 'WIDTHS', 'BenchConfig', 'shaped_policy'
            'spared', 'floor', 'video_flops', 'row', 'ours_learns', 'weights', 'rows_learn', 'grouper_learns',
            'bench_learner', 'some_weights', 'results', 'in_32_bits', 'bench_exact', 'ours_step', 'rows_step', 'updater',
            'hidden_half', 'bench_step', 'rows_draw', 'ours_draw', 'asked', 'questions', 'reflect', 'rows_reflect',
-           'reflect_floor', 'in_a_run', 'bench_agents', 'bench_rollout', 'bench_vision', 'clip_files', 'bench_train',
-           'bench_data', 'scaled', 'bench_scaling', 'scaling_figure', 'scaling_panel', 'bench', 'bench_part',
-           'bench_head', 'bench_line', 'write_bench']
+           'reflect_floor', 'in_a_run', 'rows_in_a_run', 'bench_agents', 'bench_rollout', 'bench_vision', 'clip_files',
+           'bench_train', 'bench_data', 'scaled', 'bench_scaling', 'scaling_figure', 'scaling_panel', 'bench',
+           'bench_part', 'bench_head', 'bench_line', 'write_bench']
 
 # %% ../nbs/79_bench.ipynb #638326a9
 import gc
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from .attention import compile_layers
-from .batches import TwoSteps, find, inputs_of
+from .batches import TwoSteps, find, inputs_of, looks_ahead
 from .compute import flops, model_shape, text_flops, vision_flops
 from .config import settings
 from .conventional import by_length, conventional, generated, grouped_logps, learn, recomputed, row_logps, stock
@@ -581,11 +581,12 @@ def ours_draw(
     work, # Work
     flight=0, # prompts in flight; 0: all
     encodeds=None, # the prompts as inputs; None: they are encoded here
+    **more, # for `sample`
 ):
     "Answers to the prompts by the engine"
     p, c = work.policy, work.cfg
     p.features = FeatureCache()
-    sample(p, encodeds or work.encodeds, G=c.G, max_new_tokens=c.max_new_tokens, batch_size=flight or len(work.clips))
+    sample(p, encodeds or work.encodeds, G=c.G, max_new_tokens=c.max_new_tokens, batch_size=flight or len(work.clips), **more)
 
 def asked(
     work, # Work
@@ -604,6 +605,7 @@ def questions(
 def reflect(
     work, # Work
     asked=None, # both questions as inputs; None: they are encoded here
+    **more, # for `sample`
 ): # Rollouts
     "Two questions about each clip by the engine, which reads it once"
     p, c = work.policy, work.cfg
@@ -612,7 +614,7 @@ def reflect(
     kept = []
     answer_probability(p, first, batch_size=len(first), kept=kept)
     with torch.no_grad(): read = go_on(p, kept[0], then)
-    return sample(p, then, G=c.G, max_new_tokens=c.max_new_tokens, prompts=read, batch_size=len(first))
+    return sample(p, then, G=c.G, max_new_tokens=c.max_new_tokens, prompts=read, batch_size=len(first), **more)
 
 def rows_reflect(
     work, # Work
@@ -642,19 +644,22 @@ def reflect_floor(
 def in_a_run(
     work, # Work
     asks, # functions of a query -> prompt
-    then, # lists of Encoded, one for each of `asks` -> anything
+    then, # (lists of Encoded, one for each of `asks`, all about the same frames; meanwhile) -> anything
     batches=5, # at least 2; the first is not counted
 ): # Measured, a batch
     "A batch in a run of several, as agents work"
     p, clips, at = work.policy, {f"{i}.mp4": o for i, o in enumerate(work.clips)}, []
     todo = [[Sample(f"{b}-{i}", f"v{i}", path, o.duration_s, q, ((0., 1.),)) for i, ((path, o), q) in enumerate(zip(clips.items(), work.queries, strict=True))]
             for b in range(batches)]
-    def answer(pairs, made):
-        then(*made)
+    def answer(pairs, made, **more):
+        then(*made, **more)
         return [dict(qid=s.qid) for s, _ in pairs]
+    prepare = lambda pairs: [inputs_of(p, work.clips, list(map(ask, work.queries))) for ask in asks]
+    look = looks_ahead(p)
+    two = TwoSteps(prepare, answer, look and (lambda made, between: [look(made[0], between), *made[1:]]))
     release(work)
     try:
-        for _ in find(todo, TwoSteps(lambda pairs: [inputs_of(p, work.clips, list(map(ask, work.queries))) for ask in asks], answer), None, clips.get):
+        for _ in find(todo, two, None, clips.get):
             at.append(time.perf_counter())
             if len(at) == 1 and p.device.type == "cuda": torch.cuda.reset_peak_memory_stats()
         return Measured(statistics.median(b - a for a, b in pairwise(at)), torch.cuda.max_memory_allocated()/2**30 if p.device.type == "cuda" else 0.)
@@ -662,6 +667,19 @@ def in_a_run(
     finally: release(work)
 
 # %% ../nbs/79_bench.ipynb #36d85392
+def rows_in_a_run(
+    work, # Work
+    machine, # Machine
+    flight, # prompts in flight
+): # yields rows
+    "Both agents, batch after batch"
+    n, K = len(work.clips), work.cfg.G
+    ways = dict(difficulty=((vtg_prompt,), lambda made, **more: ours_draw(work, flight, made, **more), floor(work, machine, draws=True)),
+                reflection=((exists_prompt, elsewhere_prompt), lambda *made, **more: reflect(work, made, **more), reflect_floor(work, machine)))
+    for name, (asks, then, need) in ways.items():
+        m = in_a_run(work, asks, then)
+        yield row(f"agents: {name}, {n} x {K}, in a run", m, None, need, work.tokens, f"{n/m.seconds:.2f} samples/s" if m else "")
+
 def bench_agents(
     work, # Work
     machine, # Machine
@@ -678,9 +696,7 @@ def bench_agents(
     theirs = measure(work, partial(rows_reflect, work), partial(rows_reflect, work.first(1), 2) if work.real else None)
     yield row(f"agents: reflection, {n} x {K}", ours, as_many(theirs), reflect_floor(many, machine), many.tokens,
               speed(ours, theirs))
-    draw, ask = lambda made: ours_draw(many, flight, made), lambda *made: reflect(many, made)
-    yield row(f"agents: difficulty, {n} x {K}, in a run", in_a_run(many, (vtg_prompt,), draw), None, floor(many, machine, draws=True), many.tokens)
-    yield row(f"agents: reflection, {n} x {K}, in a run", in_a_run(many, (exists_prompt, elsewhere_prompt), ask), None, reflect_floor(many, machine), many.tokens)
+    for some in dict.fromkeys((n, min(n, 8))): yield from rows_in_a_run(many.first(some), machine, min(flight, some))
 
 # %% ../nbs/79_bench.ipynb #381938a2
 def bench_rollout(

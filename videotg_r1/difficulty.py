@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 
-from .batches import InProcess, TwoSteps, ask_answers, check_fold, clip_reader, fold_of, inputs_of, is_existence, sample_seed, task_prompt
+from .batches import InProcess, TwoSteps, ask_answers, check_fold, clip_reader, fold_of, inputs_of, is_existence, looks_ahead, sample_seed, task_prompt
 from .compute import Counts, model_shape
 from .config import settings
 from .prompts import parse_answer
@@ -71,14 +71,14 @@ def difficulty_work(
 ): # (work, broken) for a runner
     "Answer the samples of a batch K times"
     shape = model_shape(policy)
-    def then(pairs, encs):
+    def then(pairs, encs, **more):
         texts, _, costs = ask_answers(policy, encs, cfg.k, shape, temperature=cfg.temperature, top_p=cfg.top_p,
-            max_new_tokens=cfg.max_new_tokens, seed=[sample_seed(cfg.seed, s.qid, "difficulty") for s, _ in pairs])
+            max_new_tokens=cfg.max_new_tokens, seed=[sample_seed(cfg.seed, s.qid, "difficulty") for s, _ in pairs], **more)
         return [dict(summarise(s, t, cfg), compute=(n + Counts(samples=1)).to_dict())
                 for (s, _), t, n in zip(pairs, texts, costs, strict=True)]
     broken = lambda s, why: dict(qid=s.qid, k=0, ious=[], mean_iou=None, std_iou=None, hit_rate=None, unparsable=None,
                                  difficulty=None, bin=None, miss_reason=f"video could not be read: {why}")
-    return TwoSteps(lambda pairs: inputs_of(policy, [c for _, c in pairs], [task_prompt(s, cfg.think) for s, _ in pairs]), then), broken
+    return TwoSteps(lambda pairs: inputs_of(policy, [c for _, c in pairs], [task_prompt(s, cfg.think) for s, _ in pairs]), then, looks_ahead(policy)), broken
 
 # %% ../nbs/41_difficulty.ipynb #27ba73bf
 def check_scorable(

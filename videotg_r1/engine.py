@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .attention import Layout, flashes, fused, ready, row_inputs
 from .kernels import TRITON, attend_step, block_norms
-from .policy import collate, see, sent, unwrap
+from .policy import collate, see, sent, settle, unwrap
 
 # %% ../nbs/31_engine.ipynb #f0d0845e
 def allowed_logits(
@@ -236,7 +236,9 @@ def seen(
     encodeds, # list of Encoded
 ): # list of Encoded with features
     "The same prompts, each different pair of frames looked at once"
-    return encodeds if all(e.features is not None for e in encodeds) else see(policy, encodeds)[0]
+    if any(e.features is None for e in encodeds): return see(policy, encodeds)[0]
+    settle(policy.device, [e.features for e in encodeds])
+    return encodeds
 
 # %% ../nbs/31_engine.ipynb #a825f59c
 def split_segments(
@@ -299,6 +301,7 @@ class Decoder:
         self.kv, self.own, self.n, self.rows, self.width = {}, {}, 0, 0, 0 # n slots in use; rows and columns of answers in a step
         self.eos, self.graph = torch.tensor(self.policy.eos_ids, device=self.policy.device), None
         self.broken = new(1, kind=torch.bool, value=False) # whether logits came that are not numbers
+        self.last = torch.cuda.Event() if self.done.is_cuda else None # passed by the GPU when a single step is left of what it was told
 
     @property
     def state(self): # list of tensors with a row for each slot
@@ -586,21 +589,22 @@ def stepper(self:Decoder,
         with torch.cuda.stream(side):
             for _ in range(2): self.step(model)                     # nobody is in a slot yet
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph): self.step(model)
+        with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(priority=-1)): self.step(model) # before what is looked at aside
     return self.graph.replay
 
 AT_ONCE = dict(cpu=1, cuda=4)   # steps between two questions whether answers have ended
 
 @patch
-def write(self:Decoder,
+def turns(self:Decoder,
     model,   # the transformers model
     read,    # list of indices of prompts -> Prompts of these
     queue,   # list of indices of prompts in the order of admission
     numbers, # [B,G,T] uniform numbers; None: greedy
     most,    # prompts in flight, no more than there are slots
-): # {index: (ids [G,T], mask [G,T], logps [G,T])}
-    "Answers to all prompts of a queue"
-    queue, who, out, step, at_once = list(queue), [], {}, None, AT_ONCE[self.count.device.type]
+    out,     # {}: gets (ids [G,T], mask [G,T], logps [G,T]) of each index
+): # yields whenever the GPU has been told of some steps: how many prompts still wait
+    "Admit prompts, step, hand out answers, over and over"
+    queue, who, step, at_once = list(queue), [], None, AT_ONCE[self.count.device.type]
     due = 0                                                             # steps until the last ones in have no room for more
     while queue or self.n:
         if queue and self.n <= most//2:
@@ -615,7 +619,22 @@ def write(self:Decoder,
         gone, found, order = self.release(ended())
         out.update(zip([who[i] for i in gone], found, strict=True))
         who = [who[i] for i in order]
-        for _ in range(steps - ahead if self.n else 0): step()
+        for i in reversed(range(steps - ahead if self.n else 0)):
+            if self.last and not i: self.last.record()
+            step()
+        yield len(queue)
+
+@patch
+def write(self:Decoder,
+    *what, # model, read, queue, numbers, most: as for `turns`
+    meanwhile=None, # function that is called when all prompts are in, again and again: other work for the GPU, which is given a function to call now and then
+): # {index: (ids [G,T], mask [G,T], logps [G,T])}
+    "Answers to all prompts of a queue"
+    turns = self.turns(*what, out := {})
+    def between():
+        if not self.last or self.last.query(): next(turns, None)
+    for waiting in turns:
+        if meanwhile and not waiting: meanwhile(between)
     return out
 
 # %% ../nbs/31_engine.ipynb #4ed5f79f
@@ -725,6 +744,7 @@ def sample(
     batch_size=0,     # prompts in flight; 0: `in_flight`
     prompts=None,     # Prompts that were read from the same Encodeds
     numbers=None,     # [B,G,T] numbers in [0,1) to draw with, in place of the seed's
+    meanwhile=None,   # other work for the GPU while the answers are written, see `Decoder.write`
 ): # Rollouts
     "Draw G answers to each prompt"
     if not (temperature > 0 and 0 < top_p <= 1 and G >= 1 and max_new_tokens >= 1 and batch_size >= 0):
@@ -739,7 +759,7 @@ def sample(
         numbers = None if greedy else sent(uniforms(seed, B, G, T) if numbers is None else numbers, policy.device)
         ready(policy, model); writer = writer_for(policy, model)
         decoder = decoder_for(policy, writer, slots, G, T, max(map(len, encodeds)), temperature, top_p, greedy)
-        found = decoder.write(writer, read, range(B), numbers, slots)
+        found = decoder.write(writer, read, range(B), numbers, slots, meanwhile=meanwhile)
     ids, mask, logps = (torch.stack([found[i][j] for i in range(B)]) for j in range(3))
     width = int(mask.any(0).any(0).sum())
     ids, logps, mask = ids[..., :width], logps[..., :width], mask[..., :width]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .batches import InProcess, TwoSteps, ask_answers, check_fold, clip_reader, fold_of, inputs_of, is_existence, sample_seed, task_prompt
+from .batches import InProcess, TwoSteps, ask_answers, check_fold, clip_reader, fold_of, inputs_of, is_existence, looks_ahead, sample_seed, task_prompt
 from .compute import Counts, model_shape
 from .config import settings
 from .ledger import differences, read_ledger
@@ -67,18 +67,18 @@ def predict_work(
     "Answer the samples of a batch"
     shape = model_shape(policy)
     dtype = "" if hasattr(policy, "identity") else str(next(policy.model.parameters()).dtype).removeprefix("torch.") # a Judge has no weights here
-    def then(pairs, encs):
+    def then(pairs, encs, **more):
         start = time.perf_counter()
         texts, tokens, costs = ask_answers(policy, encs, 1, shape, greedy=cfg.greedy, temperature=cfg.temperature,
             top_p=cfg.top_p, max_new_tokens=cfg.max_new_tokens,
-            seed=[sample_seed(cfg.seed, s.qid, "predict") for s, _ in pairs])
+            seed=[sample_seed(cfg.seed, s.qid, "predict") for s, _ in pairs], **more)
         latency_s = round(time.perf_counter() - start, 4)
         return [dict(as_prediction(s, t[0], cfg), tokens=n[0], seconds=round(c.seconds, 4), latency_s=latency_s,
                      decoder=clip.decoder, dtype=dtype, compute=(c + Counts(samples=1)).to_dict())
                 for (s, clip), t, n, c in zip(pairs, texts, tokens, costs, strict=True)]
     broken = lambda s, why: dict(qid=s.qid, raw="", spans=[], choice=None, yes=None, tokens=0, seconds=0., latency_s=0., decoder="", dtype="",
                                  miss_reason=f"video could not be read: {why}")
-    return TwoSteps(lambda pairs: inputs_of(policy, [c for _, c in pairs], [task_prompt(s, cfg.think) for s, _ in pairs]), then), broken
+    return TwoSteps(lambda pairs: inputs_of(policy, [c for _, c in pairs], [task_prompt(s, cfg.think) for s, _ in pairs]), then, looks_ahead(policy)), broken
 
 # %% ../nbs/60_evaluation.ipynb #a69fc50f
 def predict(

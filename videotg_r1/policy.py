@@ -9,8 +9,8 @@ __all__ = ['FAMILIES', 'VISION_TOKENS', 'SPECIAL_TOKENS', 'TAGS', 'CHAT_TEMPLATE
            'build_policy', 'chunk_attention', 'even_chunks', 'uneven_chunks', 'MatmulPatches', 'tower_plan',
            'FeatureTower', 'WideMLP', 'fast_classes', 'prepare', 'random_policy', 'Encoded', 'chat_parts',
            'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'FeatureStore', 'hashers', 'pair_keys',
-           'beside', 'tower_pass', 'see', 'no_bars', 'save_policy', 'resolve_name', 'read_extra', 'read_pixels',
-           'load_policy']
+           'beside', 'tower_pass', 'aside', 'settle', 'see', 'Pausing', 'look_ahead', 'no_bars', 'save_policy',
+           'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
 
 # %% ../nbs/30_policy.ipynb #1a5f45f5
 import itertools
@@ -716,6 +716,23 @@ def tower_pass(
     return rows.view(width, -1, rows.shape[-1])[:len(pairs)]
 
 # %% ../nbs/30_policy.ipynb #889cc59f
+@cache
+def aside(
+    device, # a GPU
+): # stream
+    "Where the tower looks at what will be asked next"
+    return torch.cuda.Stream(device)
+
+def settle(
+    device,   # torch device
+    features, # tensors that may have been made aside
+):
+    "Let what comes next on a GPU use features"
+    if device.type != "cuda": return
+    now = torch.cuda.current_stream(device)
+    now.wait_stream(aside(device))
+    for f in features: f.record_stream(now)
+
 def see(
     policy,     # Policy whose tower stays as it is while the features are used
     encodeds,   # list of Encoded
@@ -738,8 +755,32 @@ def see(
                 some = waiting.setdefault(k[:2], {}); some[k] = new[k]     # pairs of one size, until a pass is full
                 if len(some) == most: look(waiting.pop(k[:2]))
     for some in waiting.values(): look(some)
+    settle(dev, known.values())
     if cache.store: cache.store.put({k: known[k] for k in looked})
     return [replace(e, features=torch.cat([known[k] for k in ks]), keys=ks) for e, ks in zip(encodeds, keys, strict=True)], len(looked)
+
+# %% ../nbs/30_policy.ipynb #c7a10b52
+class Pausing(list):
+    "Blocks of a tower, with something to do before each"
+    def __init__(self, blocks, pause): super().__init__(blocks); self.pause = pause
+    def __iter__(self):
+        for block in super().__iter__(): self.pause(); yield block
+
+def look_ahead(
+    policy,   # Policy
+    encodeds, # list of Encoded that will be asked about next
+    between,  # function without arguments: other work, called before each block
+): # the same with `features`
+    "Look at frames while the GPU does something else"
+    tower, device = unwrap(policy.model).model.visual, policy.device
+    now, then = (torch.cuda.current_stream(device), aside(device)) if device.type == "cuda" else (None, None)
+    if then: then.wait_stream(now)
+    def pause():
+        with torch.cuda.stream(now): between()
+    vars(tower)["blocks"] = Pausing(tower.blocks, pause)                # found before the tower's own
+    try:
+        with torch.cuda.stream(then): return see(policy, encodeds)[0]
+    finally: del vars(tower)["blocks"]
 
 # %% ../nbs/30_policy.ipynb #5324693f
 @contextmanager
