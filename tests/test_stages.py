@@ -68,6 +68,8 @@ def test_every_stage_finished(smoke):
         nb = nbformat.read(next(run.glob("*.ipynb")), 4)
         assert {c.metadata.papermill.status for c in nb.cells if c.cell_type == "code"} == {"completed"}
         for path, (size, _) in json.loads((run/"SUCCESS").read_text())["outputs"].items(): assert (run/path).stat().st_size == size
+    kept = {p: (folder/"runs/smoke"/p/"training/final").is_dir() for p in ("ablation/plain", "data_efficiency/three")}
+    assert kept == {"ablation/plain": True, "data_efficiency/three": False}, "keep_models"
     learnt = [json.loads(o) for o in (folder/"runs/smoke/train-videotg_r1/training/history.jsonl").read_text().splitlines()]
     assert any(r["reward_std"] > 0 and r["grad_norm"] > 0 for r in learnt), "equal weights after a kill say something only where something is learnt"
     assert sum(line.split()[2] == "ok" for line in out.splitlines() if re.match(r" +\d+ s ", line)) == len(names)

@@ -592,6 +592,7 @@ def stepper(self:Decoder,
         with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(priority=-1)): self.step(model) # before what is looked at aside
     return self.graph.replay
 
+# %% ../nbs/31_engine.ipynb #c7a10b82
 AT_ONCE = dict(cpu=1, cuda=4)   # steps between two questions whether answers have ended
 
 @patch

@@ -5,21 +5,21 @@
 # %% auto #0
 __all__ = ['STRICT', 'GOOD', 'num', 'INTERVALS', 'SETUP', 'AGAIN', 'WAY_WORDS', 'DEAD', 'POLICIES', 'MASK_WORDS', 'CURVES',
            'BUDGETS', 'AGENTS', 'PER_CARD', 'TRANSFERS', 'WEAK_TRANSFER', 'SPARSE', 'ELSEWHERE', 'CHOICES', 'OTHERS',
-           'REPORTS', 'differences_by_run', 'drawn', 'paired', 'says', 'is_clear', 'write_cells', 'known_world',
-           'Evidence', 'over_runs', 'md', 'hits', 'in_strict', 'in_all', 'clear_hits', 'beside', 'result_table',
-           'run_table', 'fifths', 'seed_rows', 'setup_text', 'pool_text', 'verb', 'page', 'cards', 'asked_beforehand',
-           'partial_report', 'detection_tables', 'auc_interval', 'share_interval', 'detected', 'found_text', 'the_pool',
-           'by_strength', 'whole_text', 'good_answers', 'left_out', 'whole_arms', 'whole_pool', 'ways_tables',
-           'other_base', 'other_arms', 'train_columns', 'weak_section', 'difficulty_report', 'rank_interval',
-           'kappa_interval', 'interval', 'masking_arms', 'masking_claims', 'weak_masks', 'masking_report',
-           'by_hardness', 'course_table', 'window_table', 'factor_effects', 'ablation_report', 'average', 'curve_arm',
-           'agents_cost', 'whole_cost', 'curve_cost', 'points_missing', 'reached', 'headline_claims', 'gentler_sft',
-           'strict_text', 'on_card', 'compute_table', 'headline_report', 'by_base', 'transfer_runs', 'seen_less_unseen',
-           'sparse_less_dense', 'same_again', 'transfer_rows', 'transfer_report', 'regime_rows', 'regime_report',
-           'regime_figure', 'write_regime', 'tuned', 'choices', 'lower_rates', 'best_of_all', 'tuning', 'relative_cost',
-           'robust_report', 'forest', 'pairs_of', 'partial_figure', 'difficulty_figure', 'masking_figure',
-           'transfer_figure', 'robust_figure', 'ablation_figure', 'headline_figure', 'worlds_read', 'wanted', 'slim',
-           'write_reports', 'check_reports', 'read_program']
+           'REPORTS', 'write_cells', 'known_world', 'Evidence', 'md', 'hits', 'in_strict', 'in_all', 'clear_hits',
+           'beside', 'result_table', 'run_table', 'fifths', 'setup_text', 'pool_text', 'verb', 'page', 'cards',
+           'asked_beforehand', 'partial_report', 'detection_tables', 'auc_interval', 'share_interval', 'detected',
+           'found_text', 'the_pool', 'by_strength', 'whole_text', 'good_answers', 'left_out', 'whole_arms',
+           'whole_pool', 'ways_tables', 'other_base', 'other_arms', 'train_columns', 'weak_section',
+           'difficulty_report', 'rank_interval', 'kappa_interval', 'interval', 'masking_arms', 'masking_claims',
+           'weak_masks', 'masking_report', 'by_hardness', 'course_table', 'window_table', 'factor_effects',
+           'ablation_report', 'average', 'curve_arm', 'agents_cost', 'whole_cost', 'curve_cost', 'points_missing',
+           'reached', 'headline_claims', 'gentler_sft', 'strict_text', 'on_card', 'compute_table', 'headline_report',
+           'by_base', 'transfer_runs', 'seen_less_unseen', 'sparse_less_dense', 'same_again', 'transfer_rows',
+           'transfer_report', 'regime_rows', 'regime_report', 'regime_figure', 'write_regime', 'tuned', 'choices',
+           'lower_rates', 'best_of_all', 'tuning', 'relative_cost', 'robust_report', 'forest', 'pairs_of',
+           'partial_figure', 'difficulty_figure', 'masking_figure', 'transfer_figure', 'robust_figure',
+           'ablation_figure', 'headline_figure', 'worlds_read', 'wanted', 'slim', 'write_reports', 'check_reports',
+           'read_program']
 
 # %% ../nbs/78_evidence.ipynb #6b888c00
 import json
@@ -30,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .comparison import differences_by_run, is_clear, over_runs, paired, says
 from .config import from_params
 from .curriculum import CurriculumConfig, centre_guess_iou
 from .difficulty import DifficultyConfig, bin_of
@@ -38,55 +39,6 @@ from .ledger import write_atomic
 from .metrics import auc, spearman
 from .plots import canvas, save_png
 from .synthetic import WorldConfig, annotations
-
-# %% ../nbs/78_evidence.ipynb #cea6b1bd
-def differences_by_run(
-    a, # {(base, seed): [N] tIoU of each query}
-    b, # the same of the control
-    clusters=None, # [N] number of each query's video, from 0; None: two queries a video, next to each other
-)->tuple: # ({base: [S,V] sums of differences, for the seeds that both have}, [V] queries of each video)
-    "Paired differences by seed and video"
-    out, codes = {}, clusters
-    for base,seed in sorted(a.keys() & b.keys()):
-        d = np.asarray(a[base, seed], float) - np.asarray(b[base, seed], float)
-        if codes is None: codes = np.arange(len(d))//2
-        out.setdefault(base, []).append(np.bincount(codes, d))
-    return {k: np.stack(v) for k,v in out.items()}, None if codes is None else np.bincount(codes)
-
-@lru_cache(4)
-def drawn(V, n, seed):
-    "How often each of V videos is in each of n resamples"
-    return np.random.default_rng([seed, 0]).multinomial(V, np.full(V, 1/V), n).astype(float)
-
-def paired(
-    a, # {(base, seed): [N] tIoU of each query}
-    b, # the same of the control
-    clusters=None, # [N] number of each query's video, from 0; None: two queries a video, next to each other
-    n:int=4000, # resamples
-    seed:int=0, # of the resampling
-)->dict|None: # diff, lo, hi, runs (pairs), bases, seeds (fewest of a base); None without a common run
-    "Mean difference over bases, seeds and videos with its 95 % interval"
-    by_base, count = differences_by_run(a, b, clusters)
-    if not by_base: return None
-    rng, total, videos = np.random.default_rng([seed, 1]), 0., drawn(len(count), n, seed)
-    wide = [d.mean(0) + np.sqrt(len(d)/max(len(d) - 1, 1))*(d - d.mean(0)) for d in by_base.values()]
-    *parts, size = np.split(videos @ np.concatenate([*wide, count[None]]).T, np.cumsum([len(d) for d in wide]), axis=1)
-    for p in parts: total = total + (rng.multinomial(p.shape[1], np.full(p.shape[1], 1/p.shape[1]), n)*p).sum(1)/p.shape[1]/size[:, 0]
-    lo, hi = np.quantile(total/len(by_base), [.025, .975])
-    return dict(diff=float(np.mean([d.sum(1).mean() for d in by_base.values()])/count.sum()), lo=float(lo), hi=float(hi),
-                runs=sum(map(len, by_base.values())), bases=len(by_base), seeds=min(map(len, by_base.values())))
-
-def says(
-    d, # of `paired`
-)->str:
-    "A difference in words and numbers"
-    if d is None: return "not run"
-    few = "" if d["seeds"] >= 3 else f" ({d['seeds']} seed{'s'*(d['seeds'] > 1)})"
-    return f"{d['diff']:+.3f} [{d['lo']:+.3f}, {d['hi']:+.3f}]{few}"
-
-def is_clear(d)->bool:
-    "Whether the interval leaves out zero, with three seeds or more on each base"
-    return d is not None and d["seeds"] >= 3 and (d["lo"] > 0 or d["hi"] < 0)
 
 # %% ../nbs/78_evidence.ipynb #55e4cdaf
 def write_cells(
@@ -152,18 +104,6 @@ class Evidence:
         "What the chunks of an agent's pass left, or [] where one is missing"
         names = [agent_cell(kind, base, world, labels, i, seed, look) for i in range(self.lab["chunks"])]
         return [self.cells[n] for n in names] if all(n in self.cells for n in names) else []
-
-# %% ../nbs/78_evidence.ipynb #89b7a179
-def over_runs(
-    runs, # {(base, seed): [N]}
-)->tuple: # (mean over bases of the means over seeds, pooled sd over seeds or None, number of runs)
-    "Mean and spread of an arm"
-    by_base = {}
-    for (base, _),v in sorted(runs.items()): by_base.setdefault(base, []).append(float(np.mean(v)))
-    mean = float(np.mean([np.mean(v) for v in by_base.values()]))
-    free = sum(len(v) - 1 for v in by_base.values())
-    sd = np.sqrt(sum(((np.array(v) - np.mean(v))**2).sum() for v in by_base.values())/free) if free else None
-    return mean, sd, sum(map(len, by_base.values()))
 
 # %% ../nbs/78_evidence.ipynb #7b2f3276
 def md(
@@ -263,22 +203,6 @@ def fifths(
     return float(np.mean(found)) if found else None
 
 num = lambda v, f=".3f": "" if v is None else format(v, f)
-
-# %% ../nbs/78_evidence.ipynb #bc0214ec
-def seed_rows(
-    results, # of `variants.run_variants` with seeds
-)->list: # of dicts: variant, runs, mIoU, sd, and the difference from the first variant with its interval
-    "Variants over seeds"
-    runs, codes = {}, None
-    for r in results:
-        if r.get("seed") is None: continue
-        if codes is None: codes = np.unique([o["vid"] for o in r["ious"]], return_inverse=True)[1]
-        runs.setdefault(r["variant"], {})["", r["seed"]] = np.array([o["iou"] for o in r["ious"]], float)
-    out, first = [], next(iter(runs), None)
-    for name,v in runs.items():
-        mean, sd, n = over_runs(v)
-        out.append(dict(variant=name, runs=n, mIoU=mean, sd=sd, against_first="" if name == first else says(paired(v, runs[first], codes))))
-    return out
 
 # %% ../nbs/78_evidence.ipynb #e4fd5124
 INTERVALS = ("mIoU: mean over seeds, for each base; ± is the standard deviation over seeds. Differences: mean over the bases that a row and its control both have, paired by base, "

@@ -135,7 +135,8 @@ def variants_of(
     if job.stage == "train": return [(training_of(p, gpus), p[p["method"]].get("steps", 100))]
     if job.stage not in ("ablation", "data_efficiency"): return []
     method = lambda v: v.get("method", "grpo")
-    return [(training_of(p | dict(method=method(v)), gpus, v.get("settings")), (p[method(v)] | v.get("settings", {})).get("steps", 100)) for v in p["variants"].values()]
+    each = [(training_of(p | dict(method=method(v)), gpus, v.get("settings")), (p[method(v)] | v.get("settings", {})).get("steps", 100)) for v in p["variants"].values()]
+    return each*max(len(p.get("seeds", ())), 1)
 
 # %% ../nbs/81_preflight.ipynb #6190fce5
 def typical(
@@ -219,7 +220,7 @@ def judge_cost(
     s, size = p.get("settings", {}), published("Qwen2.5-VL-7B") # a server tells its tokens only afterwards: these are Qwen2.5-VL's
     frames = dict(fps=1., max_frames=64, max_pixels=256*28*28) | p.get("frames", {})
     k, load = s.get("k", 4 if job.stage == "reflect" else 8), load_of(size, frames, sizes["mean_s"])
-    asked = sizes["train"]*(3 + s.get("max_proposals", 3)) + 2*s.get("calibrate_n", 200) if job.stage == "reflect" else sizes["train"]
+    asked = sizes["train"]*(3 + s.get("max_proposals", 3)) + 2*min(s.get("calibrate_n", 200), sizes["train"]) if job.stage == "reflect" else sizes["train"]
     tokens, written = asked*load.tokens, sizes["train"]*k*ANSWER_TOKENS
     money = (tokens*j.get("price_in", 0) + written*j.get("price_out", 0))/1e6
     return Finding("note", "judge", f"{job.name}: at most {asked:,.0f} questions to {j.get('model', '?')}, {tokens/1e6:,.1f} M tokens read and {written/1e6:,.2f} M written, "
@@ -248,7 +249,7 @@ def estimates(
     big = any((s := model_size(j.params["model"])) and s.total > 1e9 for j in jobs if "model" in j.params and not j.params.get("judge"))
     if lost := cpu and big: card = CARDS["H100"]
     found = [o for j in jobs if (o := outlook(j, sizes, card, asked or len(cards) or 1, CPU_RATES if cpu and not lost else RATES))]
-    out = [judge_cost(j, sizes) for j in jobs if j.params.get("judge")]
+    out = [judge_cost(j, sizes) for j in jobs if j.params.get("judge") and sizes["train"]] # without samples there is nothing to count
     if not found: return out
     known = sizes["train"] + sizes["heldout"] > 0
     worst, total = max(found, key=lambda o: o.gb), sum(o.seconds*o.gpus for o in found)
@@ -276,8 +277,9 @@ def disk_need(
     for j in jobs:
         if "model" not in j.params or j.params.get("judge") or not (size := model_size(j.params["model"])): continue
         for t,_ in variants_of(j, 1): # two checkpoints with AdamW's moments while it trains, then the result alone
-            trained = size.adapters(t.lora_r) if t.lora_r else size.total
-            weights, largest = weights + (2 if t.lora_r or t.sharded else 4)*size.total/1e9, max(largest, 2*12*trained/1e9)
+            trained, final = size.adapters(t.lora_r) if t.lora_r else size.total, (2 if t.lora_r or t.sharded else 4)*size.total/1e9
+            kept = j.params.get("keep_models", True)
+            weights, largest = weights + kept*final, max(largest, 2*12*trained/1e9 + (not kept)*final)
         frames = max(frames, sizes["videos"]*load_of(size, frames_of(j.params), sizes["mean_s"]).cache_bytes/1e9)
     return weights + largest, frames
 

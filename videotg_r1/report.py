@@ -6,12 +6,12 @@
 __all__ = ['TITLES', 'CSP', 'STYLE', 'DIFFICULTY', 'SECTIONS', 'MIND', 'WORLD', 'big', 'read_stage', 'read_run', 'result_rows',
            'questions_of', 'seed_of', 'question_rows', 'read_ledger_or_rows', 'diagnoses', 'failures_of', 'meta_of',
            'training_meta', 'words', 'trained_card', 'training_words', 'card_of', 'sha_of', 'answers_hash', 'data_size',
-           'data_text', 'blind_card', 'cards', 'agents_of', 'ledger_rows', 'main_row', 'compared_rows',
+           'data_text', 'blind_card', 'cards', 'agents_of', 'ledger_rows', 'main_row', 'seeded_rows', 'compared_rows',
            'set_aside_videos', 'set_aside_text', 'provenance_of', 'facts', 'shares', 'claim', 'not_working',
            'shares_over_one', 'figures', 'failure_figures', 'sheets_of', 'history_of', 'efficiency_curve',
            'example_figures', 'frames_of', 'esc', 'html_table', 'html_figure', 'html_cards', 'answer_tables',
-           'failure_tables', 'look_table', 'tables', 'md_table', 'mind', 'seeds_text', 'how_to', 'page', 'readme',
-           'build_report', 'public']
+           'failure_tables', 'look_table', 'comparison_table', 'tables', 'md_table', 'mind', 'seeds_text', 'how_to',
+           'page', 'readme', 'build_report', 'public']
 
 # %% ../nbs/71_report.ipynb #9d5f3afb
 import base64
@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 
 from .annotations import read_json
+from .comparison import is_clear, seed_rows
 from .config import scrub
 from .datasets import repo_path
 from .failures import ERRORS, FIELDS, breakdown, diagnose, offsets, reading, recall_by, to_look_at
@@ -321,18 +322,32 @@ def main_row(
                 **{k: judged["metrics"][k] for k in ("mIoU", "lo", "hi")})
 
 # %% ../nbs/71_report.ipynb #285271af
+def seeded_rows(
+    results, # of `run_variants` with seeds
+)->list: # one row for each variant, as of `run_variant` without answers; also runs, sd, vs_first
+    "Variants that were trained with several seeds"
+    first, out = {r["variant"]: r for r in reversed(results)}, []
+    for o in seed_rows(results):
+        r, d = first[o["variant"]], o["paired"]
+        word = "better" if d["diff"] > 0 else "worse"
+        told = word if is_clear(d) else "no difference" if d["seeds"] >= 3 else f"no difference can be told from {d['seeds']} seed{'s'*(d['seeds'] > 1)}"
+        out.append(dict({k: r[k] for k in ("method", "pool", "n", "steps")}, name=o["variant"], asked=len(r["ious"]), **{k: o[k] for k in ("runs", "mIoU", "sd", "lo", "hi")},
+                        vs_first=dict(d, clear=is_clear(d), words=f"{told} ({d['diff']:+.3f} [{d['lo']:+.3f}, {d['hi']:+.3f}])")))
+    return out
+
 def compared_rows(
     stages:dict, # as of `read_run`
     part:str, # ablation or data_efficiency
-)->list: # rows of `run_variant` and fitting main runs, each with `vs_first`
-    "A comparison, with the main runs that belong to it"
+)->list: # rows of `run_variant` and fitting main runs, each with `vs_first` and how many queries were asked
+    "A comparison, with the main runs that belong to it; over seeds, where there are several, without them"
     rows = json.loads((stages[part]["folder"]/"results.json").read_text())
+    if rows[0].get("seed") is not None: return seeded_rows(rows)
     name = lambda key, way: f"{way}_{100*stages[f'train-{key}']['metrics']['n']/stages['prepare']['metrics']['train_samples']:.0f}"
     mains = {"ablation": {"videotg_r1": "all parts"}, "data_efficiency": {"grpo": "random", "videotg_r1": "VideoTG-R1"}}[part]
     more = [main_row(stages, k, name(k, way) if part == "data_efficiency" else way) for k,way in mains.items() if f"train-{k}" in stages]
     asked = {r["qid"] for r in rows[0]["ious"]}
     rows = [r for r in more if r and r["steps"] == rows[0]["steps"] and {o["qid"] for o in r["ious"]} == asked] + rows
-    for r in rows: r["vs_first"] = difference(r["ious"], rows[0]["ious"])
+    for r in rows: r |= dict(vs_first=difference(r["ious"], rows[0]["ious"]), asked=len(r["ious"]))
     return [{k: v for k,v in r.items() if k != "ious"} for r in rows]
 
 # %% ../nbs/71_report.ipynb #66878f5a
@@ -636,6 +651,20 @@ def look_table(
 DIFFICULTY = {"n": "samples rated", "mean_iou": "mean tIoU of the base's answers", "bin_easy": "easy", "bin_medium": "medium", "bin_hard": "hard",
               "hardness_rank_correlation": "rank correlation with the planted hardness"}
 
+
+def comparison_table(
+    f:dict, # facts
+    part:str, # ablation or data_efficiency
+)->tuple: # (head, rows, note)
+    "Variants beside each other; query-blind and zero-shot first, where they answered the same queries"
+    num, rows = lambda x: f"{x:.3f}", f[part]
+    score = lambda r: num(r["mIoU"]) + (f" ± {num(r['sd'])}" if r.get("sd") is not None else "")
+    line = lambda r, *more: [r["name"], *more, score(r), f"[{num(r['lo'])}, {num(r['hi'])}]"]
+    fixed = [[*line(r, "", "", "", ""), ""] for r in f["results"] if r["key"] in ("blind", "base") and r["n"] == rows[0]["asked"]]
+    told = [[*line(r, r["method"], r["pool"], r["n"], r["steps"]), r["vs_first"]["words"] if i else ""] for i,r in enumerate(rows)]
+    seeds = f"Each trained with {rows[0]['runs']} seeds: means over them, ± their standard deviation; intervals cover seeds and videos." if rows[0].get("runs") else ""
+    return ["", "method", "pool", "samples", "steps", "mIoU", "95 % interval", f"against {rows[0]['name']}"], fixed + told, seeds
+
 def tables(
     f:dict, # facts
 )->dict: # name -> (head, rows, note)
@@ -648,11 +677,7 @@ def tables(
           big(r["total"]["flops"] - r["own"]["flops"]), f"{r['total']['seconds']:.0f}", f"{s[r['key']][1]:.0%}" if s[r["key"]] else "-"] for r in f["ledger"]],
         "Training with the passes of the agents that it needed: different samples trained on, prompts passed, tokens generated, FLOPs counted from token "
         "numbers and model sizes, wall time, and FLOPs as a share of those of GRPO on all samples.")
-    for part in ("ablation", "data_efficiency"):
-        if not f.get(part): continue
-        out[part] = (["", "method", "pool", "samples", "steps", "mIoU", "95 % interval", f"against {f[part][0]['name']}"],
-            [[r["name"], r["method"], r["pool"], r["n"], r["steps"], num(r["mIoU"]), f"[{num(r['lo'])}, {num(r['hi'])}]", r["vs_first"]["words"] if i else ""]
-             for i,r in enumerate(f[part])], "")
+    out |= {part: comparison_table(f, part) for part in ("ablation", "data_efficiency") if f.get(part)}
     b, e = f.get("reflect") or {}, f.get("estimate") or {}
     agents = [["samples looked at", b.get("n")], ["discarded as partially annotated", b.get("flagged")], ["undecided", b.get("undecided")]]
     if "auc" in b: agents += [["planted", b["planted"]], ["AUC of the score", num(b["auc"])], ["precision of discarding", num(b["precision"])], ["recall", num(b["recall"])]]

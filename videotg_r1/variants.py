@@ -318,7 +318,7 @@ class Variant:
 def run_variant(
     name:str, # of the variant
     v:Variant, # what it is
-    given:dict, # what all variants share: model, samples, heldout, pools_dir, difficulties, sft, grpo, ...
+    given:dict, # what all variants share: model, samples, heldout, pools_dir, difficulties, sft, grpo, keep_models, ...
     out_dir, # its folder
 )->dict: # name, method, pool, n, steps, mIoU, lo, hi, ious, cost
     "Train and judge one variant, or read what it left"
@@ -335,6 +335,7 @@ def run_variant(
     out = dict(name=name, method=v.method, pool=v.pool, n=len(pool), steps=trained["steps"], **{k: metrics[k] for k in ("mIoU", "lo", "hi")},
                ious=rows, cost=training_cost(trained))
     write_atomic(done, json.dumps(out))
+    if not given.get("keep_models", True): shutil.rmtree(Path(out_dir)/"training/final")
     return out
 
 def run_variants(
