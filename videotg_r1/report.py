@@ -476,7 +476,7 @@ def figures(
         if not f.get(part): continue
         first = f[part][0]
         if part == "ablation": out[part] = dots([row(r) for r in f[part]], reference=first["mIoU"]), f"One choice changed at a time; the dashed line is {first['name']!r}."
-        else: out[part] = efficiency_curve(f), "Held-out mIoU against the number of training samples, at equal steps."
+        else: out[part] = efficiency_curve(f), "Held-out mIoU against the number of training samples; the table has the steps of each."
     return out | failure_figures(f, stages) | example_figures(stages)
 
 # %% ../nbs/71_report.ipynb #3dbfa854
@@ -660,7 +660,7 @@ def comparison_table(
     num, rows = lambda x: f"{x:.3f}", f[part]
     score = lambda r: num(r["mIoU"]) + (f" ± {num(r['sd'])}" if r.get("sd") is not None else "")
     line = lambda r, *more: [r["name"], *more, score(r), f"[{num(r['lo'])}, {num(r['hi'])}]"]
-    fixed = [[*line(r, "", "", "", ""), ""] for r in f["results"] if r["key"] in ("blind", "base") and r["n"] == rows[0]["asked"]]
+    fixed = [[*line(r, "", "", "", ""), ""] for r in f["results"] if r["key"] in ("blind", "base") and r["n"] == rows[0].get("asked")]
     told = [[*line(r, r["method"], r["pool"], r["n"], r["steps"]), r["vs_first"]["words"] if i else ""] for i,r in enumerate(rows)]
     seeds = f"Each trained with {rows[0]['runs']} seeds: means over them, ± their standard deviation; intervals cover seeds and videos." if rows[0].get("runs") else ""
     return ["", "method", "pool", "samples", "steps", "mIoU", "95 % interval", f"against {rows[0]['name']}"], fixed + told, seeds
@@ -702,8 +702,8 @@ SECTIONS = (
     ("Grounded question answering", ("questions",), (), "Held-out questions with options: which of these happens, and when."),
     ("Where it fails", ("reading", "errors"), ("errors", "recall_by"), "From here it should be clear what to mend. Of sixteen buckets one may lie below by chance."),
     ("What the agents found", ("reflect", "estimate"), ("difficulty",), ""),
-    ("Ablation", ("ablation",), ("ablation",), "Same base, same number of steps, one choice changed at a time."),
-    ("Data efficiency", ("data_efficiency",), ("data_efficiency",), "Fewer samples at the same number of steps: each is seen more often."),
+    ("Ablation", ("ablation",), ("ablation",), "The same base; one choice is changed at a time."),
+    ("Data efficiency", ("data_efficiency",), ("data_efficiency",), "Fewer samples, by one way or another. At the same number of steps each of them is seen more often."),
     ("Compute", ("compute",), (), "\"10 % of the samples\" says little when two agents look at every sample first: their passes are on the bill."),
     ("Examples", (), ("example_1", "example_2", "example_3"), ""),
     ("Ten of the worst answers", ("worst",), ("worst",), "Lowest tIoU first; among those with 0, the farthest from the truth. Chosen to be bad, so no picture of the whole."),
