@@ -22,4 +22,12 @@ for i in "${!hosts[@]}"; do
 done
 for pid in "${pids[@]}"; do wait "$pid"; done
 mkdir -p "$(dirname "$ledger")"
-vtg merge "$ledger" "$run_dir/$stage".part-*-of-"${#hosts[@]}/$(basename "$ledger")"
+asked=train # whose samples must all be there
+[[ $stage != evaluate* ]] || asked=heldout
+for file in "$(basename "$ledger")" "$(basename "$ledger" .jsonl).calibration.jsonl"; do
+    found=("$run_dir/$stage".part-*-of-"${#hosts[@]}/$file")
+    [[ -e ${found[0]} ]] || continue
+    whole=()
+    [[ $file == *.calibration.jsonl ]] || whole=(--samples "$run_dir/prepare/$asked.jsonl")
+    vtg merge "$(dirname "$ledger")/$file" "${found[@]}" "${whole[@]}"
+done

@@ -81,6 +81,13 @@ def write_annotations(folder, repeat=1):
     return {k: len(v) for k, v in rows.items()}
 
 
+def shared_or_exit(*names):
+    "Stop with what to do where shared data is missing"
+    if missing := [n for n in names if not (SHARED/n).exists()]:
+        sys.exit(f"{SHARED} has no {' and no '.join(missing)}: set VTG_SHARED_DATA to a folder with Qwen2.5's tokenizer in tokenizer/qwen2_5"
+                 + (" and clips with their annotated_clips.jsonl, as docs/running.md says" if len(names) > 1 else ""))
+
+
 def carry(folder):
     "What the rehearsal reads of the shared data, small enough to take along: the tokenizer, annotations, and frames of the clips for a machine that cannot decode"
     import numpy as np
@@ -232,6 +239,7 @@ if __name__ == "__main__":
     p.add_argument("--until", type=float, default=3600., help="seconds after which it is given up")
     p.add_argument("--carry", action="store_true", help="only write to the folder what VTG_SHARED_DATA has to hold on a machine without decoders")
     a = p.parse_args()
+    shared_or_exit("tokenizer/qwen2_5", "annotated_clips.jsonl")
     a.folder = a.folder.resolve()
     a.folder.mkdir(parents=True, exist_ok=True)
     if a.carry:

@@ -24,7 +24,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
-from rehearsal import Trace, write_model_apart  # noqa: E402
+from rehearsal import Trace, shared_or_exit, write_model_apart  # noqa: E402
 
 ON_CPU = "compute_environment: LOCAL_MACHINE\ndistributed_type: MULTI_CPU\nmixed_precision: 'no'\nnum_machines: 1\nuse_cpu: true\nmachine_rank: 0\nrdzv_backend: static\nsame_network: true\nmain_training_function: main\n"
 BEGAN = time.time()
@@ -260,6 +260,7 @@ def main():
     a.model, a.frame_spec = a.out/(a.shape or "small"), dict(fps=2., max_frames=a.frames, min_pixels=a.side**2, max_pixels=a.side**2, total_pixels=a.frames*a.side**2)
     if not (a.model/"videotg.json").is_file() and a.only != ["all_reduce"]:
         t = time.time()
+        shared_or_exit("tokenizer/qwen2_5")
         write_model_apart(a.model, a.shape, a.device, env([a.first]))
         say(a, dict(what="write", shape=a.shape, seconds=round(time.time() - t, 1)))
     trace = Trace(a.device)

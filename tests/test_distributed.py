@@ -443,7 +443,7 @@ def test_a_whole_run_is_submitted_as_a_chain(tmp_path):
 
 
 def test_over_ssh_runs_parts_and_merges_them_and_the_run_goes_on(tmp_path):
-    "On the smoke run: two parts of the estimate stage, one ledger, and `vtg run` has nothing left to ask"
+    "On the smoke run: two parts of either agent, one ledger (reflection has a second one), and `vtg run` has nothing left to ask"
     text = (ROOT/"params/smoke.yaml").read_text()
     (tmp_path/"smoke.yaml").write_text(text)
     stand_in(tmp_path/"bin", "vtg", f'exec {sys.executable} -c "import sys; from videotg_r1.cli import main; sys.exit(main())" "$@"\n')
@@ -457,3 +457,9 @@ def test_over_ssh_runs_parts_and_merges_them_and_the_run_goes_on(tmp_path):
     before = whole.read_bytes()
     subprocess.run([*main, "--only", "estimate"], cwd=ROOT, check=True, timeout=300)
     assert whole.read_bytes() == before and len(read_ledger(whole)[1]) == 6
+    said = shell("over_ssh.sh", params, "reflect", runs/"smoke/reflect/reflections.jsonl", "one", "two", path=tmp_path/"bin", SSH="here")
+    assert said.returncode == 0, said.stdout + said.stderr
+    known = runs/"smoke/reflect/reflections.calibration.jsonl"
+    before = known.read_bytes()
+    subprocess.run([*main, "--only", "reflect"], cwd=ROOT, check=True, timeout=300)
+    assert known.read_bytes() == before, "the run does not ask about known negatives again"

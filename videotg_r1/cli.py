@@ -461,7 +461,7 @@ VERBS = {
 def parser()->argparse.ArgumentParser: # of the command `vtg`
     "The command line, made from `VERBS`"
     top = argparse.ArgumentParser(prog="vtg", description="Reinforcement learning for video temporal grounding.", allow_abbrev=False,
-                                  epilog="Exit codes: 0 it worked; 1 internal (a stage failed, hung or met a full disk); 2 the caller's mistake; "
+                                  epilog="Exit codes: 0 it worked; 1 internal (a stage failed, hung or met a full disk), or a check found something (preflight, data, merge); 2 the caller's mistake; "
                                          "3 done, but samples with unreadable videos were set aside; 130 stopped, the same command goes on.")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name,(func, arguments) in VERBS.items():

@@ -343,11 +343,12 @@ def detection_tables(ev:Evidence)->str:
 
 # %% ../nbs/78_evidence.ipynb #56c43df4
 def auc_interval(
-    area:float, # AUC
+    area:float|None, # AUC; None where all are of one kind
     n:int, # positives
     m:int, # negatives
 )->str: # with its 95 % interval (Hanley and McNeil 1982, doi.org/10.1148/radiology.143.1.7063747)
     "An AUC in words"
+    if area is None: return "none: all are of one kind"
     q, r = area/(2 - area), 2*area**2/(1 + area)
     sd = np.sqrt((area*(1 - area) + (n - 1)*(q - area**2) + (m - 1)*(r - area**2))/(n*m)) if n and m else np.nan
     return f"{area:.3f} [{max(0, area - 1.96*sd):.3f}, {min(1, area + 1.96*sd):.3f}]"

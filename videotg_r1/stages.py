@@ -700,7 +700,8 @@ def check_inputs(
     for k in WIRES:
         if params.get(k) and not repo_path(params[k]).exists():
             source = re.search(r"{(\w+)}", WIRES[k])[1]
-            raise ValueError(f"{name}: {k} is {params[k]}, which is not there: run stage {source!r} first")
+            todo = f"run stage {source!r} first" if source != name else f"looked for at {repo_path(params[k])}: put it there, or let {k} of the params file name another"
+            raise ValueError(f"{name}: {k} is {params[k]}, which is not there: {todo}")
 
 # %% ../nbs/80_stages.ipynb #81e6fc5f
 def status_of(

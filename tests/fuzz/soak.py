@@ -97,6 +97,8 @@ def main():
     p.add_argument("--seconds", type=float, default=600., help="stop after so long")
     p.add_argument("--grpo", type=int, metavar="STEPS", help="train for so many steps instead of decoding")
     a = p.parse_args()
+    least = 100 if a.grpo else 1000
+    if (a.grpo or a.n) < least: p.error(f"a slope needs {least} or more, got {a.grpo or a.n}")
     if a.grpo: return train_flat(a.grpo)
     began = time.time()
     n, refused, seen, replaced = soak(a.n, a.seconds)
