@@ -1427,6 +1427,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'videotg_r1.stages.file_sha': ('stages.html#file_sha', 'videotg_r1/stages.py'),
                                    'videotg_r1.stages.finish': ('stages.html#finish', 'videotg_r1/stages.py'),
                                    'videotg_r1.stages.fit_type': ('stages.html#fit_type', 'videotg_r1/stages.py'),
+                                   'videotg_r1.stages.full_disk': ('stages.html#full_disk', 'videotg_r1/stages.py'),
                                    'videotg_r1.stages.gpu_name': ('stages.html#gpu_name', 'videotg_r1/stages.py'),
                                    'videotg_r1.stages.guarded': ('stages.html#guarded', 'videotg_r1/stages.py'),
                                    'videotg_r1.stages.input_id': ('stages.html#input_id', 'videotg_r1/stages.py'),

@@ -10,9 +10,9 @@ __all__ = ['WORDS', 'WIRES', 'NO_INPUT', 'NO_CHOICE', 'JUDGE_HOW', 'GUARD', 'STA
            'printed', 'kernel_pid', 'told_to_stop', 'StageError', 'trim_outputs', 'cell_states', 'stage_engine',
            'kernel_env', 'clean_log', 'cleaned', 'execute', 'watched', 'provenance', 'code_sha', 'gpu_name', 'finish',
            'write_json', 'outputs_of', 'damaged', 'close_attempts', 'stage_state', 'prepare_dir', 'check_inputs',
-           'status_of', 'run_stage', 'record_start', 'record_end', 'Job', 'run_folder', 'wired', 'make_job',
-           'check_run', 'plan_run', 'work', 'Running', 'start', 'end_jobs', 'run_jobs', 'there', 'unwritable',
-           'run_all', 'run_part', 'write_job', 'set_aside']
+           'full_disk', 'status_of', 'run_stage', 'record_start', 'record_end', 'Job', 'run_folder', 'wired',
+           'make_job', 'check_run', 'plan_run', 'work', 'Running', 'start', 'end_jobs', 'run_jobs', 'there',
+           'unwritable', 'run_all', 'run_part', 'write_job', 'set_aside']
 
 # %% ../nbs/80_stages.ipynb #b9e40c51
 import ast
@@ -704,6 +704,12 @@ def check_inputs(
             raise ValueError(f"{name}: {k} is {params[k]}, which is not there: {todo}")
 
 # %% ../nbs/80_stages.ipynb #81e6fc5f
+def full_disk(
+    folder, # on it
+)->str: # what to say and do
+    "The message of a full disk"
+    return f"the disk of {folder} is full: make room and run the same command again, what is finished is kept"
+
 def status_of(
     e:BaseException, # that ended a stage
     run_dir, # its run folder
@@ -743,8 +749,7 @@ def run_stage(
             status = status_of(e, run_dir)
             with suppress(OSError): record_end(run_dir, began, status) # a full disk must not hide what happened
             if status != "no_space": raise
-            raise StageError(f"{name}: the disk of {run_dir} is full: make room and run the same command again, what is finished is kept\n"
-                             f"  {e}", status) from e
+            raise StageError(f"{name}: {full_disk(run_dir)}\n  {e}", status) from e
         clean_log(run_dir)
         record_end(run_dir, began, "ok")
         write_json(run_dir/"SUCCESS", dict(key=identity["key"], code=code_sha(), outputs=outputs_of(run_dir)))
@@ -891,7 +896,7 @@ def work(
     try: pipe.send((run_stage(job.stage, job.params, folder, force=force, stall_s=stall_s), ""))
     except (StageError, ValueError, OSError) as e:
         full = getattr(e, "errno", None) == errno.ENOSPC # before the stage has begun: `run_stage` says the rest
-        said = f"the disk of {folder} is full: make room and run the same command again, what is finished is kept" if full else f"{type(e).__name__}: {e}"
+        said = full_disk(folder) if full else f"{type(e).__name__}: {e}"
         pipe.send(("no_space" if full else getattr(e, "status", "failed"), said))
 
 @dataclass
