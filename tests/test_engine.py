@@ -1,6 +1,9 @@
 "The engine against the plain path, for both families: shared prompts, features, masks, dropped frames, adapters"
+import time
 import warnings
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,8 +12,11 @@ import torch
 
 from videotg_r1.attention import compile_layers
 from videotg_r1.engine import AT_ONCE, Prompts, answer_probability, go_on, prefill, prompt_plan, sample, token_logps
-from videotg_r1.ledger import read_ledger
+from videotg_r1.ledger import Ledger, read_ledger
 from videotg_r1.policy import FAMILIES, FeatureCache, collate, encode, load_policy, prepare, random_policy, see, unwrap
+from videotg_r1.records import read_samples
+
+WORLD = Path(__file__).parent/"data/world"
 
 # Traps that public trainers or the libraries below us fell into, each with its test:
 # the time between frames reaches sampling but not scoring, or is cut to whole seconds ... test_time_reaches_sampling_and_scoring_alike
@@ -340,3 +346,32 @@ def test_layers_are_compiled_where_it_is_asked_for_on_a_gpu(monkeypatch):
         monkeypatch.setattr(runners, "open_model", lambda *_, d=device: (SimpleNamespace(device=torch.device(d)), None))
         runners.Opening("m", {}, device, "", compile).open()
     assert [p.device.type for p in made] == ["cuda"]
+
+
+@pytest.mark.parametrize("agent", ["reflect", "estimate", "predict"])
+def test_an_agent_whose_tower_looks_ahead_finds_the_same(agent, tmp_path, monkeypatch):
+    "Agents let a GPU do it; here the CPU does, so that the way from the agent to the decoder is taken"
+    from videotg_r1 import difficulty, engine, evaluation, reflection
+    from videotg_r1.policy import look_ahead
+    work, cfg = dict(reflect=(reflection.reflect, reflection.ReflectConfig(k=2, threshold=.5, propose_from=0., max_new_tokens=24, batch_size=2)),
+                     estimate=(difficulty.estimate, difficulty.DifficultyConfig(k=2, max_new_tokens=24, batch_size=2)),
+                     predict=(evaluation.predict, evaluation.EvalConfig(max_new_tokens=24, batch_size=2)))[agent]
+    samples = [replace(s, video=str(WORLD/s.video)) for s in read_samples(WORLD/"train.jsonl")]
+    def rows(name):
+        policy = load_policy("tiny", "cpu")
+        with Ledger(tmp_path/name, {}) as ledger:
+            work(policy, samples, cfg, ledger, progress=False)
+            return sorted(({k: v for k, v in r.items() if k not in ("compute", "seconds", "latency_s")} for r in ledger.rows()), key=lambda r: r["qid"])
+    looked, turns = [], engine.Decoder.turns
+    def slow(*args):                                                    # the next batch is prepared by then
+        for i, waiting in enumerate(turns(*args)):
+            if i < 4: time.sleep(.1)
+            yield waiting
+    def ahead(policy, encodeds, between):
+        looked.append(len(encodeds))
+        return look_ahead(policy, encodeds, between)
+    plain = rows("plain.jsonl")
+    assert not looked
+    for module in (difficulty, evaluation, reflection): monkeypatch.setattr(module, "looks_ahead", lambda policy: partial(ahead, policy))
+    monkeypatch.setattr(engine.Decoder, "turns", slow)
+    assert rows("ahead.jsonl") == plain and looked
