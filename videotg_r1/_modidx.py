@@ -511,6 +511,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'videotg_r1.engine.draw': ('engine.html#draw', 'videotg_r1/engine.py'),
                                    'videotg_r1.engine.even_size': ('engine.html#even_size', 'videotg_r1/engine.py'),
                                    'videotg_r1.engine.first_ids': ('engine.html#first_ids', 'videotg_r1/engine.py'),
+                                   'videotg_r1.engine.first_served': ('engine.html#first_served', 'videotg_r1/engine.py'),
                                    'videotg_r1.engine.generate_kwargs': ('engine.html#generate_kwargs', 'videotg_r1/engine.py'),
                                    'videotg_r1.engine.go_on': ('engine.html#go_on', 'videotg_r1/engine.py'),
                                    'videotg_r1.engine.in_blocks': ('engine.html#in_blocks', 'videotg_r1/engine.py'),

@@ -6,9 +6,9 @@
 __all__ = ['AT_ONCE', 'allowed_logits', 'token_logprobs', 'in_blocks', 'pick', 'nucleus', 'uniforms', 'Rollouts', 'inference',
            'Prompts', 'common_prefix', 'prompt_plan', 'even_size', 'AtEnds', 'logits_at', 'prefill', 'not_numbers',
            'seen', 'split_segments', 'go_on', 'Decoder', 'dots', 'rms', 'before', 'cut_of', 'product', 'plus', 'after',
-           'between', 'compiled', 'next_logits', 'draw', 'room_for', 'decoder_for', 'linears', 'writer_for',
-           'side_by_side', 'joined', 'token_bytes', 'in_flight', 'sample', 'plain_logps', 'score_logits', 'score_rows',
-           'scoring', 'answer_plan', 'shared_logps', 'token_logps', 'first_ids', 'answer_probability',
+           'between', 'compiled', 'next_logits', 'draw', 'first_served', 'room_for', 'decoder_for', 'linears',
+           'writer_for', 'side_by_side', 'joined', 'token_bytes', 'in_flight', 'sample', 'plain_logps', 'score_logits',
+           'score_rows', 'scoring', 'answer_plan', 'shared_logps', 'token_logps', 'first_ids', 'answer_probability',
            'generate_kwargs']
 
 # %% ../nbs/31_engine.ipynb #6e203a5d
@@ -573,6 +573,13 @@ def release(self:Decoder,
     return gone, found, order[:left]
 
 # %% ../nbs/31_engine.ipynb #b53ba89d
+@cache
+def first_served(
+    device, # a GPU
+): # stream
+    "Where steps are recorded: kernels keep its priority, and go before what the tower looks at aside"
+    return torch.cuda.Stream(device, priority=-1)
+
 @patch
 def stepper(self:Decoder,
     model, # the transformers model
@@ -589,7 +596,7 @@ def stepper(self:Decoder,
         with torch.cuda.stream(side):
             for _ in range(2): self.step(model)                     # nobody is in a slot yet
         torch.cuda.current_stream().wait_stream(side)
-        with torch.cuda.graph(self.graph, stream=torch.cuda.Stream(priority=-1)): self.step(model) # before what is looked at aside
+        with torch.cuda.graph(self.graph, stream=first_served(self.count.device)): self.step(model)
     return self.graph.replay
 
 # %% ../nbs/31_engine.ipynb #c7a10b82
