@@ -1,6 +1,7 @@
 "What the explore notebooks promise a newcomer; that they run is for nbdev_test (two in the gate, all by `make explore`) and test_browser.py"
 import json
 import re
+import subprocess
 from itertools import combinations
 from pathlib import Path
 
@@ -37,6 +38,16 @@ def test_form(path):
     images = re.findall(r"<img [^>]*>", "".join(p for p in pages if "<iframe" not in p))
     assert len(images) >= 3, "a picture for each idea"
     for image in images: assert len(re.search(r'alt="([^"]*)"', image)[1]) > 10, "each picture has words"
+
+
+@pytest.mark.parametrize("code, ends", [(0, 0), (5, 0), (1, 2)], ids=["passed", "no browser", "failed"])
+def test_make_explore_asks_for_a_browser_only_where_there_is_one(code, ends, tmp_path):
+    "pytest ends with 5 where it collects nothing, as without playwright; make itself with 2 where a command failed"
+    for name, text in (("nbdev_test", "exit 0"), ("python", f"exit {code}"), ("stamp", "")):
+        (tmp_path/name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path/name).chmod(0o755)
+    r = subprocess.run(["make", "explore", f"BIN={tmp_path}", f"STAMP={tmp_path/'stamp'}"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert r.returncode == ends, r.stderr
 
 
 def distance(a, b):
