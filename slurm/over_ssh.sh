@@ -26,7 +26,7 @@ asked=train # whose samples must all be there
 [[ $stage != evaluate* ]] || asked=heldout
 for file in "$(basename "$ledger")" "$(basename "$ledger" .jsonl).calibration.jsonl"; do
     found=("$run_dir/$stage".part-*-of-"${#hosts[@]}/$file")
-    [[ -e ${found[0]} ]] || continue
+    [[ -e ${found[0]} || $file != *.calibration.jsonl ]] || continue # reflection alone has known negatives; the ledger itself must be there
     whole=()
     [[ $file == *.calibration.jsonl ]] || whole=(--samples "$run_dir/prepare/$asked.jsonl")
     vtg merge "$(dirname "$ledger")/$file" "${found[@]}" "${whole[@]}"

@@ -463,3 +463,14 @@ def test_over_ssh_runs_parts_and_merges_them_and_the_run_goes_on(tmp_path):
     before = known.read_bytes()
     subprocess.run([*main, "--only", "reflect"], cwd=ROOT, check=True, timeout=300)
     assert known.read_bytes() == before, "the run does not ask about known negatives again"
+
+
+def test_over_ssh_says_when_the_parts_left_no_such_ledger(tmp_path):
+    "A misspelt ledger must not end as if it had been merged"
+    stand_in(tmp_path/"bin", "vtg", f'[[ $1 == run ]] || exec {sys.executable} -c "import sys; from videotg_r1.cli import main; sys.exit(main())" "$@"\n')
+    stand_in(tmp_path/"bin", "here", 'host=$1; shift\nbash -c "${1/. .venv\\/bin\\/activate/true}"\n')
+    (tmp_path/"runs/smoke/prepare").mkdir(parents=True)
+    shutil.copy(ROOT/"tests/data/world/train.jsonl", tmp_path/"runs/smoke/prepare")
+    ledger = tmp_path/"runs/smoke/reflect/reflection.jsonl"
+    r = shell("over_ssh.sh", ROOT/"params/smoke.yaml", "reflect", ledger, "one", "two", path=tmp_path/"bin", SSH="here")
+    assert r.returncode and "reflection.jsonl" in r.stderr and not ledger.exists(), r.stdout + r.stderr
