@@ -321,3 +321,9 @@ def test_what_is_committed_holds_no_secret():
 # ---------------------------------------------------------------- inputs nobody would write
 @pytest.mark.parametrize("target", list(TARGETS), ids=lambda t: t.__name__)
 def test_parsers_on_a_slice_of_make_fuzz(target): assert drive(target, 60) >= 30
+
+
+@pytest.mark.parametrize("argv, words", [(("100",), "1000 or more, got 100"), (("--grpo", "20"), "100 or more, got 20"), (("--seconds", "0.1"), "give it more --seconds")])
+def test_a_soak_too_short_for_a_slope_says_so(argv, words):
+    r = subprocess.run([sys.executable, str(ROOT/"tests/fuzz/soak.py"), *argv], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert r.returncode and words in r.stderr and "Traceback" not in r.stderr, r.stderr

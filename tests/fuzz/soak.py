@@ -102,6 +102,7 @@ def main():
     if a.grpo: return train_flat(a.grpo)
     began = time.time()
     n, refused, seen, replaced = soak(a.n, a.seconds)
+    if n < least: sys.exit(f"soak.py: a slope needs {least} reads or more, {n} were made in {a.seconds:g} s: give it more --seconds")
     for k, here, child in seen[::max(1, len(seen)//10)]: print(f"{k:8} reads  {here/2**20:7.1f} MiB here  {child/2**20:7.1f} MiB in the child")
     here, child = slopes(seen)
     print(f"{n} reads, {refused} refused as they should be, in {time.time() - began:.0f} s; the child was replaced {replaced} times; "
