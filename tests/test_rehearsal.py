@@ -41,6 +41,13 @@ def test_every_stage_from_prepare_to_report_killed_once(tmp_path):
     assert metrics["claim"]
 
 
+@pytest.mark.parametrize("script, lacks", [("rehearsal", "no tokenizer/qwen2_5 and no annotated_clips.jsonl"), ("scaling", "no tokenizer/qwen2_5")])
+def test_without_shared_data_it_is_one_line(script, lacks, tmp_path):
+    r = subprocess.run([sys.executable, rehearsal.ROOT/f"tests/{script}.py", tmp_path/"out"], capture_output=True, text=True, timeout=120,
+                       env=os.environ | dict(VTG_SHARED_DATA=str(tmp_path/"none")))
+    assert r.returncode and f"{tmp_path/'none'} has {lacks}: set VTG_SHARED_DATA" in r.stderr and len(r.stderr.splitlines()) == 1, r.stderr
+
+
 def test_what_is_measured_on_several_gpus_is_held_against_one(tmp_path):
     from videotg_r1.records import read_samples
     samples = read_samples(scaling.write_work(tmp_path/"clips", 7, 8, 32))
