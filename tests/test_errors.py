@@ -247,3 +247,5 @@ def test_help_says_what_the_exit_codes_mean(capsys):
     with pytest.raises(SystemExit): cli.main(["--help"])
     text, doc = capsys.readouterr().out, (ROOT/"TROUBLESHOOTING.md").read_text()
     for code in ("0", "1", "2", "3", "130"): assert re.search(rf"\b{code}\b", text) and f"| {code} |" in doc
+    one, row = text.partition("Exit codes:")[2].partition("2 the caller")[0], doc.partition("| 1 |")[2].partition("\n")[0]
+    for verb in ("preflight", "data", "merge"): assert verb in one and f"`vtg {verb}`" in row, "these checks end with 1 too"
