@@ -176,6 +176,11 @@ TEXT = [p for pattern in ("*.md", "*.ini", "*.toml", "*.txt", "Makefile", ".ci/*
         for p in ROOT.glob(pattern) if p.is_file() and p.name != "test_repo.py"]
 
 
+def test_what_set_up_writes_into_the_clone_is_not_committed():
+    ignored = (ROOT/".gitignore").read_text().splitlines()
+    assert {".venv/", ".gitconfig", "nbs/_quarto.yml", "nbs/nbdev.yml"} <= {*ignored}, "`nbdev_install_hooks` writes .gitconfig"
+
+
 def test_no_paths_of_somebodys_machine():
     here = [re.escape(str(p)) + r"(?![\w-])" for p in (Path.home(), ROOT, ROOT.parent) if len(p.parts) > 1]
     bad = re.compile("|".join([r"/home/\w+|/Users/\w+|/root/|C:\\\\Users", *here]))
