@@ -1414,6 +1414,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'videotg_r1.stages.Watch.write': ('stages.html#watch.write', 'videotg_r1/stages.py'),
                                    'videotg_r1.stages.cell_states': ('stages.html#cell_states', 'videotg_r1/stages.py'),
                                    'videotg_r1.stages.check_inputs': ('stages.html#check_inputs', 'videotg_r1/stages.py'),
+                                   'videotg_r1.stages.check_own_files': ('stages.html#check_own_files', 'videotg_r1/stages.py'),
                                    'videotg_r1.stages.check_params': ('stages.html#check_params', 'videotg_r1/stages.py'),
                                    'videotg_r1.stages.check_run': ('stages.html#check_run', 'videotg_r1/stages.py'),
                                    'videotg_r1.stages.check_settings': ('stages.html#check_settings', 'videotg_r1/stages.py'),

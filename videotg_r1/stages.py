@@ -10,8 +10,8 @@ __all__ = ['WORDS', 'WIRES', 'NO_INPUT', 'NO_CHOICE', 'JUDGE_HOW', 'GUARD', 'STA
            'printed', 'kernel_pid', 'told_to_stop', 'StageError', 'trim_outputs', 'cell_states', 'stage_engine',
            'kernel_env', 'clean_log', 'cleaned', 'execute', 'watched', 'provenance', 'code_sha', 'gpu_name', 'finish',
            'write_json', 'outputs_of', 'damaged', 'close_attempts', 'stage_state', 'prepare_dir', 'check_inputs',
-           'full_disk', 'status_of', 'run_stage', 'record_start', 'record_end', 'Job', 'run_folder', 'wired',
-           'make_job', 'check_run', 'plan_run', 'work', 'Running', 'start', 'end_jobs', 'run_jobs', 'there',
+           'check_own_files', 'full_disk', 'status_of', 'run_stage', 'record_start', 'record_end', 'Job', 'run_folder',
+           'wired', 'make_job', 'check_run', 'plan_run', 'work', 'Running', 'start', 'end_jobs', 'run_jobs', 'there',
            'unwritable', 'run_all', 'run_part', 'write_job', 'set_aside']
 
 # %% ../nbs/80_stages.ipynb #b9e40c51
@@ -697,11 +697,21 @@ def check_inputs(
     params:dict, # every parameter, resolved
 )->None: # raises ValueError
     "Refuse a stage whose input is not there yet"
+    if name == "prepare": return check_own_files(params)
     for k in WIRES:
         if params.get(k) and not repo_path(params[k]).exists():
             source = re.search(r"{(\w+)}", WIRES[k])[1]
-            todo = f"run stage {source!r} first" if source != name else f"looked for at {repo_path(params[k])}: put it there, or let {k} of the params file name another"
-            raise ValueError(f"{name}: {k} is {params[k]}, which is not there: {todo}")
+            raise ValueError(f"{name}: {k} is {params[k]}, which is not there: run stage {source!r} first")
+
+def check_own_files(
+    params:dict, # of prepare, resolved
+)->None: # raises ValueError
+    "Refuse annotation files that are not there: no stage makes them"
+    if params.get("source") == "synthetic": return
+    for k in ("train", "heldout"):
+        for path in [o.strip() for o in (params.get(k) or "").split(",") if o.strip()]:
+            if not repo_path(path).exists():
+                raise ValueError(f"prepare: {k} names {path}, which is not there: looked for at {repo_path(path)}: put it there, or let {k} of the params file name another")
 
 # %% ../nbs/80_stages.ipynb #81e6fc5f
 def full_disk(
