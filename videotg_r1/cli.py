@@ -477,7 +477,7 @@ def stoppable()->None: # SIGTERM ends the process as Ctrl-C does: what was start
     if threading.current_thread() is threading.main_thread(): signal.signal(signal.SIGTERM, stop)
 
 # %% ../nbs/82_cli.ipynb #7d20aa02
-ADVICE = {errno.ENOSPC: "the disk is full: make room and run the same command again", errno.EISDIR: "it is a folder: name a file",
+ADVICE = {errno.EISDIR: "it is a folder: name a file",
           **{o: "name a place that can be written to" for o in (errno.EROFS, errno.EACCES, errno.EPERM)},
           **{o: "a file is where a folder is needed: name another" for o in (errno.ENOTDIR, errno.EEXIST)}}
 
@@ -485,6 +485,7 @@ def advised(
     e, # ValueError, or what the system refused
 )->str: # what came and what to do
     "The message of an error; those of the system get their advice here"
+    if getattr(e, "errno", None) == errno.ENOSPC: return lib("stages").full_disk(e.filename or "a file")
     if (tip := ADVICE.get(getattr(e, "errno", None))) is None: return str(e)
     return f"{e.filename or 'a file'}: {e.strerror}; {tip}"
 
