@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['SHAPES', 'AXES', 'BENCHES', 'WIDTHS', 'BenchConfig', 'shaped_policy', 'Work', 'waves', 'make_clips', 'make_work',
            'Measured', 'release', 'told', 'measure', 'measure_fit', 'Machine', 'timer', 'machine', 'decode_bytes',
-           'spared', 'floor', 'video_flops', 'row', 'ours_learns', 'weights', 'rows_learn', 'grouper_learns',
-           'bench_learner', 'some_weights', 'results', 'in_32_bits', 'bench_exact', 'ours_step', 'rows_step', 'updater',
-           'hidden_half', 'bench_step', 'rows_draw', 'ours_draw', 'asked', 'questions', 'reflect', 'rows_reflect',
-           'reflect_floor', 'in_a_run', 'rows_in_a_run', 'bench_agents', 'bench_rollout', 'bench_vision', 'clip_files',
-           'bench_train', 'bench_data', 'scaled', 'bench_scaling', 'scaling_figure', 'scaling_panel', 'bench',
-           'bench_part', 'bench_head', 'bench_line', 'write_bench']
+           'spared', 'floor', 'video_flops', 'row', 'ours_learns', 'weights', 'rows_learn', 'grouper_learns', 'fastest',
+           'several_learn', 'bench_learner', 'some_weights', 'results', 'in_32_bits', 'bench_exact', 'ours_step',
+           'rows_step', 'updater', 'hidden_half', 'learner_needs', 'bench_step', 'rows_draw', 'ours_draw', 'asked',
+           'questions', 'reflect', 'rows_reflect', 'reflect_floor', 'in_a_run', 'rows_in_a_run', 'bench_agents',
+           'bench_rollout', 'bench_vision', 'clip_files', 'bench_train', 'bench_data', 'scaled', 'bench_scaling',
+           'scaling_figure', 'scaling_panel', 'bench', 'bench_part', 'bench_head', 'bench_line', 'write_bench']
 
 # %% ../nbs/79_bench.ipynb #638326a9
 import gc
@@ -225,6 +225,11 @@ class Measured:
 
     def __bool__(self): return not self.error
 
+    @property
+    def too_large(self): # bool
+        "Whether memory was not enough"
+        return "out of memory" in self.error
+
 def release(
     work, # Work
 ):
@@ -269,7 +274,7 @@ def measure_fit(
     "Measure with half as many at once, and half again, until memory is enough"
     while True:
         m = measure(work, partial(f, n), **how)
-        if m or n == 1 or "out of memory" not in m.error: return m, n
+        if n == 1 or not m.too_large: return m, n
         n = max(1, n//2)
 
 # %% ../nbs/79_bench.ipynb #7ac74a8b
@@ -411,6 +416,27 @@ def grouper_learns(
         (grouped_logps(work.policy, e, ids)*w).sum().backward()
 
 # %% ../nbs/79_bench.ipynb #251b6d44
+def fastest(
+    ways, # list of (Measured, name)
+): # one of them
+    "The fastest of what ran"
+    return min((o for o in ways if o[0]), key=lambda o: o[0].seconds, default=(None, "nothing ran"))
+
+def several_learn(
+    work, # Work
+    machine, # Machine
+    rows, # Measured, one prompt the conventional way, or None
+    name, # of that way
+): # yields rows
+    "Two and four prompts at once, beside as many times one"
+    for n in (2, 4):
+        if n > len(work.clips): return
+        w = Work(replace(work.cfg, micro=n), work.policy, work.clips[:n], work.queries[:n])
+        m = measure(w, partial(ours_learns, w))
+        if m.too_large: yield row(f"learner, {n} prompts at once", note="does not fit"); return
+        yield row(f"learner, {n} prompts at once", m, rows and replace(rows, seconds=rows.seconds*n), floor(w, machine, learns=True),
+                  int(w.answers.mask.sum()), f"{m.seconds*1e3/n:.0f} ms a prompt; against {n} times {name}")
+
 def bench_learner(
     work, # Work
     machine, # Machine
@@ -428,6 +454,7 @@ def bench_learner(
         m, rows = measure_fit(w, partial(rows_learn, w), rows, around=around)
         best.append((m, name)); fit[recompute] = rows
         yield line(f"learner / rows, {name}", ours, m, note=f"{len(w.clips)} x {w.cfg.G} answers; {rows} rows at once")
+    if work.real and w.micro == 1: yield from several_learn(work, machine, *fastest(best))
     m = measure(w, partial(ours_learns, w), around=lambda: recomputed(p))
     yield line("learner, both recompute", m, best[0][0], note="less memory")
     here = find_spec("prefix_grouper") is not None
@@ -437,12 +464,8 @@ def bench_learner(
         m = measure(w, partial(grouper_learns, w), around=partial(conventional, p, fuse=fuse))
         best.append((m, name))
         yield line(f"learner / {name}", ours, m, note="no recomputation")
-    m, name = min((b for b in best if b[0]), key=lambda b: b[0].seconds, default=(None, "nothing ran"))
+    m, name = fastest(best)
     yield line("learner", ours, m, note=f"against the fastest: {name}")
-    for n in (2, 4) if work.real else ():
-        w = Work(replace(work.cfg, micro=n), p, work.clips[:n], work.queries[:n])
-        m = measure(w, partial(ours_learns, w))
-        yield row(f"learner, {n} prompts at once", m, None, floor(w, machine, learns=True), int(w.answers.mask.sum()), f"{m.seconds*1e3/n:.0f} ms a prompt")
 
 # %% ../nbs/79_bench.ipynb #a6ad38fd
 def some_weights(
@@ -548,6 +571,14 @@ def hidden_half(
         out.append(encode(work.policy, dark, vtg_prompt(query), drop=hide if drop else None))
     return out
 
+def learner_needs(
+    work, # Work
+    encodeds, # its prompts, or what is left of them
+): # (tokens of the prompts, FLOPs of seeing them and of the gradient)
+    "What it takes to learn from the work's answers behind some prompts"
+    of = partial(flops, model_shape(work.policy), train=True, vision_trained=False)
+    return sum(map(len, encodeds)), sum(of(len(e), n, e.n_patches, int(e.grid_thw[0, 1:].prod())) for e, n in zip(encodeds, work.lengths, strict=True))
+
 def bench_step(
     work, # Work
     machine, # Machine
@@ -563,8 +594,8 @@ def bench_step(
         yield row(f"step, {n} x {w.cfg.G}", ours, theirs, floor(w, machine, draws=True, learns=True), w.tokens, words)
     blank, drop = (partial(hidden_half, work, d) for d in (False, True))
     a, b = (measure(work, partial(ours_step, work, make, update)) for make in (drop, blank))
-    tokens = [sum(map(len, make())) for make in (blank, drop)]
-    yield row("step, half hidden", a, b, note=f"dropped against blanked: {tokens[0]} -> {tokens[1]} prompt tokens")
+    (before, need), (after, less) = (learner_needs(work, make()) for make in (blank, drop))
+    yield row("step, half hidden", a, b, note=f"dropped against blanked: {before} -> {after} prompt tokens, {need/1e12:.3g} -> {less/1e12:.3g} TFLOP to see and learn")
 
 # %% ../nbs/79_bench.ipynb #69ec3875
 def rows_draw(
