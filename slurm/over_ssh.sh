@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Without a queue: one agent's stage on several machines by ssh, a part each, then one ledger.
 #   slurm/over_ssh.sh params/X.yaml reflect runs/X/reflect/reflections.jsonl node1 node2 node3
-# The machines see this folder under the same path and have the environment in .venv. Called again, finished parts are skipped and others go on.
+# The machines see this folder under the same path and have the environment in .venv. Called again, finished parts are skipped, others go on, and the ledger grows by what they found.
 set -euo pipefail
 
 usage="usage: $0 PARAMS STAGE LEDGER HOST..."
@@ -24,10 +24,4 @@ for pid in "${pids[@]}"; do wait "$pid"; done
 mkdir -p "$(dirname "$ledger")"
 asked=train # whose samples must all be there
 [[ $stage != evaluate* ]] || asked=heldout
-for file in "$(basename "$ledger")" "$(basename "$ledger" .jsonl).calibration.jsonl"; do
-    found=("$run_dir/$stage".part-*-of-"${#hosts[@]}/$file")
-    [[ -e ${found[0]} || $file != *.calibration.jsonl ]] || continue # reflection alone has known negatives; the ledger itself must be there
-    whole=()
-    [[ $file == *.calibration.jsonl ]] || whole=(--samples "$run_dir/prepare/$asked.jsonl")
-    vtg merge "$(dirname "$ledger")/$file" "${found[@]}" "${whole[@]}"
-done
+vtg merge "$ledger" "$run_dir/$stage".part-*-of-"${#hosts[@]}/$(basename "$ledger")" --samples "$run_dir/prepare/$asked.jsonl"

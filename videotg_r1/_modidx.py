@@ -925,6 +925,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'videotg_r1.ledger._scan': ('ledger.html#_scan', 'videotg_r1/ledger.py'),
                                    'videotg_r1.ledger._whole': ('ledger.html#_whole', 'videotg_r1/ledger.py'),
                                    'videotg_r1.ledger.accepted': ('ledger.html#accepted', 'videotg_r1/ledger.py'),
+                                   'videotg_r1.ledger.calibration_of': ('ledger.html#calibration_of', 'videotg_r1/ledger.py'),
                                    'videotg_r1.ledger.differences': ('ledger.html#differences', 'videotg_r1/ledger.py'),
                                    'videotg_r1.ledger.fingerprint': ('ledger.html#fingerprint', 'videotg_r1/ledger.py'),
                                    'videotg_r1.ledger.locked': ('ledger.html#locked', 'videotg_r1/ledger.py'),

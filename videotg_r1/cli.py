@@ -348,11 +348,15 @@ def merge(
 )->int: # 1 if something is missing
     "make one ledger of those that the parts of a set left (settings fold_size, fold_index)"
     qids = [s.qid for s in lib("records").read_samples(args.samples)] if args.samples else []
-    found = lib("ledger").merge_ledgers(args.parts, args.out, qids)
-    say(f"{args.out}: {found['rows']} findings of {len(args.parts)} ledgers" + (f", {found['twice']} in two of them" if found["twice"] else ""))
-    for what,names in (("parts without a ledger", found["absent"]), ("samples without a finding", found["missing"])):
-        if names: say(f"missing: {len(names)} {what}, first {', '.join(map(str, names[:3]))}", file=sys.stderr)
-    return int(bool(found["absent"] or found["missing"]))
+    l, bad = lib("ledger"), 0
+    known = [o for o in map(l.calibration_of, args.parts) if o.exists()]                # reflection's known negatives lie beside; first, since a run takes the ledger as the sign that all is there
+    for out,parts,wanted in [(l.calibration_of(args.out), known, [])]*bool(known) + [(args.out, args.parts, qids)]:
+        found = l.merge_ledgers(parts, out, wanted)
+        say(f"{out}: {found['rows']} findings of {len(parts)} ledgers" + (f", {found['twice']} in two of them" if found["twice"] else ""))
+        for what,names in (("parts without a ledger", found["absent"]), ("samples without a finding", found["missing"])):
+            if names: say(f"missing: {len(names)} {what}, first {', '.join(map(str, names[:3]))}", file=sys.stderr)
+        bad |= bool(found["absent"] or found["missing"])
+    return int(bad)
 
 # %% ../nbs/82_cli.ipynb #06d86c9f
 def evidence(
@@ -406,7 +410,7 @@ DATA_VERBS = {
                        ("file", dict(help="jsonl made elsewhere; the fields are in nbs/17_external.ipynb")),
                        ("--samples", dict(default="", help="jsonl of the samples that need a finding, as the prepare stage writes it (not for time_r1)")),
                        ("--out", dict(required=True, help="ledger to write"))]),
-    "merge": (merge, [("out", dict(help="ledger to write, a new file")), ("parts", dict(nargs="+", help="ledgers of the parts")),
+    "merge": (merge, [("out", dict(help="ledger to write; one that holds anything that the parts do not is never replaced")), ("parts", dict(nargs="+", help="ledgers of the parts")),
                       ("--samples", dict(default="", help="jsonl of the whole set, to count the samples that no part has"))]),
     "evidence": (evidence, [PARAMS, ("--out", dict(default="runs/evidence", help="folder of the cells, gone on with (default: runs/evidence)")),
                             ("--workers", dict(type=int, default=1, help="processes that share the machine and its cards (default: 1)")),

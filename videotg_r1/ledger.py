@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GRACE_S', 'fingerprint', 'seal_line', 'unseal_line', 'sealed_rows', 'read_ledger', 'differences', 'accepted',
-           'Ledger', 'merge_ledgers', 'locked', 'write_atomic']
+           'Ledger', 'calibration_of', 'merge_ledgers', 'locked', 'write_atomic']
 
 # %% ../nbs/02_ledger.ipynb #5189659d
 import fcntl
@@ -260,13 +260,18 @@ def _whole(paths, metas):
     return metas[0] | dict(settings=own | dict(fold_size=1, fold_index=0)), absent
 
 # %% ../nbs/02_ledger.ipynb #010cb1af
+def calibration_of(
+    path, # of a ledger of reflection
+)->Path: # of the ledger of its known negatives
+    "Where reflection keeps what its threshold was found with"
+    return Path(path).with_name(f"{Path(path).stem}.calibration.jsonl")
+
 def merge_ledgers(
     paths, # ledgers of the parts
-    out, # ledger to write, a new file
+    out, # ledger to write; one that is there is replaced where all that is in it is in the parts
     qids=(), # of the whole set, to find what is in no part
 )->dict: # rows, twice: numbers; missing: qids, absent: indices of parts without a ledger
     "One ledger out of those of all parts"
-    if Path(out).exists(): raise ValueError(f"merge_ledgers: {out} is there already: use another path, or remove it")
     if not (paths := [*paths]): raise ValueError("merge_ledgers: needs the ledgers of at least one part, got none")
     metas, parts = zip(*map(read_ledger, paths), strict=True)
     (meta, absent), found, twice = _whole(paths, metas), {}, 0
@@ -278,6 +283,9 @@ def merge_ledgers(
             if says(first) != says(r): raise ValueError(f"merge_ledgers: qid {r['qid']!r} is in {where} and in {path}, and they differ "
                 f"({'; '.join(o for o in differences(first, r) if not o.startswith(_TIMES))}): leave one of the two files out")
             twice += 1
+    was, there = read_ledger(out) if Path(out).exists() else (meta, [])
+    if was != meta or any(r["qid"] not in found or says(r) != says(found[r["qid"]][0]) for r in there): raise ValueError(
+        f"merge_ledgers: {out} is there already, and holds what the parts do not: use another path, or remove it")
     head = seal_line(dict(meta=meta, fingerprint=fingerprint(meta)))
     write_atomic(out, head + b"".join(seal_line(r) for r,_ in found.values()))
     return dict(rows=len(found), twice=twice, missing=[q for q in qids if q not in found], absent=absent)

@@ -122,15 +122,16 @@ def paired_difference(
 
 # %% ../nbs/22_metrics.ipynb #c71ed9f4
 def verdict(
-    diff, # what `paired_difference` gives
+    diff, # what `paired_difference` or `comparison.paired` gives
     min_clusters=10, # fewer videos than this decide nothing
+    min_seeds=3, # fewer seeds neither, of runs over seeds
 )->str:
     "What may be said about a difference"
     if missing := [o for o in ("diff", "lo", "hi") if o not in diff]:
         raise ValueError(f"verdict: expected what paired_difference gives, {missing} missing from {sorted(diff)}")
     numbers = f"{diff['diff']:+.3f} [{diff['lo']:+.3f}, {diff['hi']:+.3f}]"
-    if diff.get("n_clusters", min_clusters) < min_clusters:
-        return f"no difference can be told from {diff['n_clusters']} videos ({numbers})"
+    for many,least,what in (("n_clusters", min_clusters, "video"), ("seeds", min_seeds, "seed")):
+        if (n := diff.get(many, least)) < least: return f"no difference can be told from {n} {what}{'s'*(n > 1)} ({numbers})"
     if diff["lo"] <= 0 <= diff["hi"]: return f"no difference ({numbers})"
     return f"{'better' if diff['diff'] > 0 else 'worse'} ({numbers})"
 

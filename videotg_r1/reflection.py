@@ -18,7 +18,7 @@ import numpy as np
 from .batches import InProcess, TwoSteps, ask_answers, ask_further, ask_yes, check_fold, clip_reader, event_text, fold_of, inputs_of, looks_ahead, sample_seed
 from .compute import Counts, model_shape
 from .config import settings
-from .ledger import fingerprint
+from .ledger import calibration_of, fingerprint
 from .masks import blank_frames, fill_frames
 from .metrics import auc
 from .policy import encode
@@ -302,8 +302,7 @@ def find_threshold(
 ): # (threshold, Counts)
     "The fixed threshold where one is set, else the calibrated one"
     if cfg.threshold is not None: return cfg.threshold, Counts()
-    path = ledger.path.with_name(f"{ledger.path.stem}.calibration.jsonl")
-    with runner.ledger(path, dict(ledger.meta, calibrate_on=fingerprint([s.qid for s in samples]))) as own:
+    with runner.ledger(calibration_of(ledger.path), dict(ledger.meta, calibrate_on=fingerprint([s.qid for s in samples]))) as own:
         return calibrate(runner, samples, cfg, own, progress)
 
 # %% ../nbs/40_reflection.ipynb #8fb881ab

@@ -27,6 +27,7 @@ from .config import scrub
 from .datasets import repo_path
 from .failures import ERRORS, FIELDS, breakdown, diagnose, offsets, reading, recall_by, to_look_at
 from .ledger import fingerprint, read_ledger, write_atomic
+from .metrics import verdict
 from .plots import (bucket_panels, dots, histogram, lines, one_line, save_png, sheet, stacked, timeline,
                               training_curves)
 from .records import read_jsonl, read_samples
@@ -329,10 +330,8 @@ def seeded_rows(
     first, out = {r["variant"]: r for r in reversed(results)}, []
     for o in seed_rows(results):
         r, d = first[o["variant"]], o["paired"]
-        word = "better" if d["diff"] > 0 else "worse"
-        told = word if is_clear(d) else "no difference" if d["seeds"] >= 3 else f"no difference can be told from {d['seeds']} seed{'s'*(d['seeds'] > 1)}"
         out.append(dict({k: r[k] for k in ("method", "pool", "n", "steps")}, name=o["variant"], asked=len(r["ious"]), **{k: o[k] for k in ("runs", "mIoU", "sd", "lo", "hi")},
-                        vs_first=dict(d, clear=is_clear(d), words=f"{told} ({d['diff']:+.3f} [{d['lo']:+.3f}, {d['hi']:+.3f}])")))
+                        vs_first=dict(d, clear=is_clear(d), words=verdict(d))))
     return out
 
 def compared_rows(
