@@ -410,7 +410,7 @@ DATA_VERBS = {
                        ("file", dict(help="jsonl made elsewhere; the fields are in nbs/17_external.ipynb")),
                        ("--samples", dict(default="", help="jsonl of the samples that need a finding, as the prepare stage writes it (not for time_r1)")),
                        ("--out", dict(required=True, help="ledger to write"))]),
-    "merge": (merge, [("out", dict(help="ledger to write; one that holds anything that the parts do not is never replaced")), ("parts", dict(nargs="+", help="ledgers of the parts")),
+    "merge": (merge, [("out", dict(help="ledger of the whole; one that is there grows by what it lacks")), ("parts", dict(nargs="+", help="ledgers of the parts")),
                       ("--samples", dict(default="", help="jsonl of the whole set, to count the samples that no part has"))]),
     "evidence": (evidence, [PARAMS, ("--out", dict(default="runs/evidence", help="folder of the cells, gone on with (default: runs/evidence)")),
                             ("--workers", dict(type=int, default=1, help="processes that share the machine and its cards (default: 1)")),

@@ -268,13 +268,14 @@ def calibration_of(
 
 def merge_ledgers(
     paths, # ledgers of the parts
-    out, # ledger to write; one that is there is replaced where all that is in it is in the parts
+    out, # ledger of the whole; one that is there grows by what it lacks
     qids=(), # of the whole set, to find what is in no part
 )->dict: # rows, twice: numbers; missing: qids, absent: indices of parts without a ledger
     "One ledger out of those of all parts"
     if not (paths := [*paths]): raise ValueError("merge_ledgers: needs the ledgers of at least one part, got none")
     metas, parts = zip(*map(read_ledger, paths), strict=True)
-    (meta, absent), found, twice = _whole(paths, metas), {}, 0
+    (meta, absent), twice = _whole(paths, metas), 0
+    found = {r["qid"]: (r, out) for r in (read_ledger(out)[1] if Path(out).exists() else ())}
     says = lambda r: to_json({k: v for k,v in r.items() if k not in _TIMES}, sort=True)
     for path,rows in zip(paths, parts, strict=True):
         for r in rows:
@@ -282,13 +283,11 @@ def merge_ledgers(
             if first is r: continue
             if says(first) != says(r): raise ValueError(f"merge_ledgers: qid {r['qid']!r} is in {where} and in {path}, and they differ "
                 f"({'; '.join(o for o in differences(first, r) if not o.startswith(_TIMES))}): leave one of the two files out")
-            twice += 1
-    was, there = read_ledger(out) if Path(out).exists() else (meta, [])
-    if was != meta or any(r["qid"] not in found or says(r) != says(found[r["qid"]][0]) for r in there): raise ValueError(
-        f"merge_ledgers: {out} is there already, and holds what the parts do not: use another path, or remove it")
-    head = seal_line(dict(meta=meta, fingerprint=fingerprint(meta)))
-    write_atomic(out, head + b"".join(seal_line(r) for r,_ in found.values()))
-    return dict(rows=len(found), twice=twice, missing=[q for q in qids if q not in found], absent=absent)
+            twice += where != out
+    with Ledger(out, meta, sync_every=len(found) + 1) as ledger:
+        for q,(r, _) in found.items():
+            if q not in ledger: ledger.append(r)
+        return dict(rows=len(ledger), twice=twice, missing=[q for q in qids if q not in ledger], absent=absent)
 
 # %% ../nbs/02_ledger.ipynb #2a247893
 @contextmanager
