@@ -6,8 +6,8 @@
 __all__ = ['TRUTH', 'OUT', 'RUNS', 'RULES', 'SCORE_VERBS', 'PARAMS', 'VALUES', 'STALL', 'FORCE', 'DATA_VERBS', 'VERBS', 'ADVICE',
            'lib', 'say', 'params_of', 'run', 'pairs', 'stage', 'preflight', 'show_findings', 'doctor', 'ground',
            'world', 'rules_of', 'saved', 'score', 'compare', 'compare_files', 'bench', 'explore', 'watch', 'browse',
-           'export', 'push', 'torture', 'data_files', 'data', 'bring', 'merge', 'evidence', 'parser', 'stoppable',
-           'advised', 'asked', 'main']
+           'export', 'push', 'torture', 'data_files', 'data', 'bring', 'merge_parts', 'merge', 'evidence', 'parser',
+           'stoppable', 'advised', 'asked', 'main']
 
 # %% ../nbs/82_cli.ipynb #abcf0e90
 import argparse
@@ -343,20 +343,27 @@ def bring(
     return 0
 
 # %% ../nbs/82_cli.ipynb #d25fd6b0
+def merge_parts(
+    out,   # ledger of the whole
+    parts, # ledgers of the parts
+    qids,  # of the whole set, or none
+)->bool: # whether all of it is there
+    "One ledger of several, and what is missing, said"
+    found = lib("ledger").merge_ledgers(parts, out, qids)
+    say(f"{out}: {found['rows']} findings of {len(parts)} ledgers" + (f", {found['twice']} in two of them" if found["twice"] else ""))
+    for what,names in (("parts without a ledger", found["absent"]), ("samples without a finding", found["missing"])):
+        if names: say(f"missing: {len(names)} {what}, first {', '.join(map(str, names[:3]))}", file=sys.stderr)
+    return not (found["absent"] or found["missing"])
+
 def merge(
     args, # out, parts, samples
 )->int: # 1 if something is missing
     "make one ledger of those that the parts of a set left (settings fold_size, fold_index)"
     qids = [s.qid for s in lib("records").read_samples(args.samples)] if args.samples else []
-    l, bad = lib("ledger"), 0
-    known = [o for o in map(l.calibration_of, args.parts) if o.exists()]                # reflection's known negatives lie beside; first, since a run takes the ledger as the sign that all is there
-    for out,parts,wanted in [(l.calibration_of(args.out), known, [])]*bool(known) + [(args.out, args.parts, qids)]:
-        found = l.merge_ledgers(parts, out, wanted)
-        say(f"{out}: {found['rows']} findings of {len(parts)} ledgers" + (f", {found['twice']} in two of them" if found["twice"] else ""))
-        for what,names in (("parts without a ledger", found["absent"]), ("samples without a finding", found["missing"])):
-            if names: say(f"missing: {len(names)} {what}, first {', '.join(map(str, names[:3]))}", file=sys.stderr)
-        bad |= bool(found["absent"] or found["missing"])
-    return int(bad)
+    beside = lib("ledger").calibration_of
+    known = [o for o in map(beside, args.parts) if o.exists()]
+    whole = not known or merge_parts(beside(args.out), known, [])       # first: a run takes the ledger as the sign that all is there
+    return int(not (merge_parts(args.out, args.parts, qids) and whole))
 
 # %% ../nbs/82_cli.ipynb #06d86c9f
 def evidence(

@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 
 from .answers import read_answers, read_truths
-from .metrics import paired_difference, verdict
+from .metrics import MIN_SEEDS, paired_difference, verdict
 from .scoring import PRESETS, ScorePolicy, join, score_columns
 
 # %% ../nbs/26_comparison.ipynb #c494c9b0
@@ -140,12 +140,12 @@ def says(
 )->str:
     "A difference in words and numbers"
     if d is None: return "not run"
-    few = "" if d["seeds"] >= 3 else f" ({d['seeds']} seed{'s'*(d['seeds'] > 1)})"
+    few = "" if d["seeds"] >= MIN_SEEDS else f" ({d['seeds']} seed{'s'*(d['seeds'] > 1)})"
     return f"{d['diff']:+.3f} [{d['lo']:+.3f}, {d['hi']:+.3f}]{few}"
 
 def is_clear(d)->bool:
-    "Whether the interval leaves out zero, with three seeds or more on each base"
-    return d is not None and d["seeds"] >= 3 and (d["lo"] > 0 or d["hi"] < 0)
+    "Whether the interval leaves out zero, with enough seeds on each base"
+    return d is not None and d["seeds"] >= MIN_SEEDS and (d["lo"] > 0 or d["hi"] < 0)
 
 # %% ../nbs/26_comparison.ipynb #89b7a179
 def over_runs(

@@ -8,7 +8,7 @@ __all__ = ['LONGEST_QUERY', 'SETS', 'REPORTED', 'clone_root', 'repo_path', 'para
            'span_rows', 'hirest_rows', 'hirest_step_rows', 'sentence', 'queryd_rows', 'nextgqa_rows', 'rextime_rows',
            'time_r1_rows', 'jsonl_rows', 'DataSet', 'known_set', 'annotation_file', 'video_folders', 'Issue', 'counted',
            'rows_read', 'judge', 'read_set', 'FilterConfig', 'filtered', 'film', 'shared_films', 'leak', 'Part',
-           'data_parts', 'read_parts', 'prepare']
+           'by_commas', 'data_parts', 'read_parts', 'prepare']
 
 # %% ../nbs/14_datasets.ipynb #b2224621
 import csv
@@ -544,7 +544,11 @@ class Part:
     videos: tuple # folders
     split: str # train, val or test
 
-def _list(text): return [o.strip() for o in text.split(",")] if text.strip() else []
+def by_commas(
+    text, # names with commas between them; empty for none
+)->list: # of str
+    "A parameter that may name several"
+    return [o.strip() for o in text.split(",")] if text.strip() else []
 
 # %% ../nbs/14_datasets.ipynb #46e3fb62
 def data_parts(
@@ -556,8 +560,8 @@ def data_parts(
     report_on="", # names of the sets that are reported on, by commas; empty: the first of `source`
 )->list: # of Part
     "The annotation files of a run"
-    names, files, tests, folders = _list(source), _list(train), _list(heldout), _list(videos)
-    judged = _list(report_on) or names[:1]
+    names, files, tests, folders = map(by_commas, (source, train, heldout, videos))
+    judged = by_commas(report_on) or names[:1]
     needed = ("train files", files, names), ("folders of videos", folders, names), ("heldout files", tests, judged)
     for what,given,wanted in needed:
         if len(given) != len(wanted) and (given or not root): raise ValueError(

@@ -36,7 +36,7 @@ from .curriculum import CurriculumConfig, centre_guess_iou
 from .difficulty import DifficultyConfig, bin_of
 from .experiments import MASKS, Lab, agent_cell, difficulty_rows, is_unseen, pack, reflection_rows, unpack, with_all_times
 from .ledger import write_atomic
-from .metrics import auc, spearman
+from .metrics import MIN_SEEDS, auc, spearman
 from .plots import canvas, save_png
 from .synthetic import WorldConfig, annotations
 
@@ -830,7 +830,7 @@ def reached(ev:Evidence, method, budgets)->tuple|None: # (samples, its differenc
     for n in sorted(b for b in budgets if b):
         runs = ev.runs(curve_arm(method, n))
         d, there = paired(runs, ev.runs("grpo-all")), {b for b,_ in runs}
-        if d and d["seeds"] >= 3 and d["hi"] >= 0: return n, d, "" if there == set(ev.bases) else f" ({d['seeds']} seeds on {' and '.join(sorted(there))} alone)"
+        if d and d["seeds"] >= MIN_SEEDS and d["hi"] >= 0: return n, d, "" if there == set(ev.bases) else f" ({d['seeds']} seeds on {' and '.join(sorted(there))} alone)"
 
 # %% ../nbs/78_evidence.ipynb #cabb817f
 def headline_claims(
@@ -1167,7 +1167,7 @@ def robust_report(ev:Evidence)->str:
     weak_arms = choices(weak)
     arms, (table, said, after), (lower, below) = choices(ev), tuning(ev), lower_rates(ev)
     against = {k: paired(*found) for k,(a, c) in arms.items() if (found := ev.pair(a, arms.get(c, (c,))[0], "val"))[0]}
-    clear, few = {k: says(d) for k,d in against.items() if is_clear(d)}, [k for k,d in against.items() if d and d["seeds"] < 3]
+    clear, few = {k: says(d) for k,d in against.items() if is_clear(d)}, [k for k,d in against.items() if d and d["seeds"] < MIN_SEEDS]
     weak_clear = {k: says(d) for k,(a, c) in weak_arms.items() if c == "default" and is_clear(d := paired(weak.runs(a, "val"), weak.runs(weak_arms[c][0], "val")))}
     changed = (f"The choices have one or two runs each ({len(few)} of {len(against)}), from which nothing is claimed." if few else
                f"Of {len(against) - 1} choices changed one at a time, judged on the validation world with {min(d['seeds'] for d in against.values())} seeds on each base: "
@@ -1266,7 +1266,7 @@ def headline_figure(ev):
         for ax,base in zip(axes[0], ev.bases, strict=True):
             one = ev.on(base)
             for i,((w, m),color) in enumerate(zip(CURVES.items(), ("#aab2bf", "#27508f", "#7a5195", "#1b7f72", "#e76f51"), strict=True)):
-                pts = [((n or ev.lab["pool"])*1.04**(i - 2), *over_runs(r)) for n in BUDGETS if len(r := one.runs(curve_arm(m, n))) >= 3]
+                pts = [((n or ev.lab["pool"])*1.04**(i - 2), *over_runs(r)) for n in BUDGETS if len(r := one.runs(curve_arm(m, n))) >= MIN_SEEDS]
                 if pts: ax.errorbar([p[0] for p in pts], [p[1] for p in pts], [(p[2] or 0)/np.sqrt(p[3]) for p in pts], color=color, marker="o", ms=4, capsize=2, label=w)
             if zero := ev.cells.get(f"zero-{base}"): ax.axhline(unpack(zero["tests"]["test"]["ious"]).mean(), color=".5", ls="--", lw=1, label="zero-shot")
             ax.set(xscale="log", xlim=(150 if not ev.runs(curve_arm("grpo", 100)) else 70, ev.lab["pool"]*1.5), xlabel="training samples, steps in proportion", title=f"base {base}")

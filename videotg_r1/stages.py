@@ -45,7 +45,7 @@ from fastcore.basics import patch
 
 import videotg_r1
 from .config import check_value, load_params, scrub
-from .datasets import clone_root, repo_path
+from .datasets import by_commas, clone_root, repo_path
 from .doctor import gpus
 from .ledger import accepted, differences, fingerprint, locked, sealed_rows, write_atomic
 
@@ -709,7 +709,7 @@ def check_own_files(
     "Refuse annotation files that are not there: no stage makes them"
     if params.get("source") == "synthetic": return
     for k in ("train", "heldout"):
-        for path in [o.strip() for o in (params.get(k) or "").split(",") if o.strip()]:
+        for path in by_commas(params.get(k) or ""):
             if not repo_path(path).exists():
                 raise ValueError(f"prepare: {k} names {path}, which is not there: looked for at {repo_path(path)}: put it there, or let {k} of the params file name another")
 
