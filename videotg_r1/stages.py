@@ -655,8 +655,8 @@ def damaged(
 def close_attempts(
     attempts:list, # entries of run.json
 )->list: # the same, none of them open
-    "An attempt that is still 'running' when the lock is free was killed"
-    return [dict(a, status="killed") if a["status"] == "running" else a for a in attempts]
+    "An attempt without an end, or well but not sealed by `SUCCESS`, was killed: the lock is free, and the stage is to be run again"
+    return [dict(a, status="killed") if a["status"] in ("running", "ok") else a for a in attempts]
 
 # %% ../nbs/80_stages.ipynb #aa424329
 def stage_state(

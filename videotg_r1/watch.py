@@ -65,12 +65,13 @@ def stage_progress(
     run, status = read(folder/"run.json"), read(folder/"status.json")
     spent = sum(a.get("wall_s") or 0 for a in run.get("attempts", []))
     if (folder/"SUCCESS").is_file(): return Progress(job, "done", spent)
-    ended = status.get("state") or (run.get("attempts") or [{}])[-1].get("status", "not started")
-    if ended != "running": return Progress(job, ended, status.get("elapsed_s") or spent)
+    last = (run.get("attempts") or [{}])[-1].get("status", "not started")
+    ended = status["state"] if status.get("state", "ok") != "ok" else last
+    if ended not in ("running", "ok"): return Progress(job, ended, status.get("elapsed_s") or spent)
     age = now - next(p for p in (folder/"status.json", folder/"run.json") if p.is_file()).stat().st_mtime
     done, total, unit, eta = counted(job, status, sizes)
-    last, quiet = status.get("last") or {}, status.get("quiet_s") or 0
-    note = ", ".join(f"{k} {last[k]:.3g}" for k in ("reward", "loss") if isinstance(last.get(k), float))
+    said, quiet = status.get("last") or {}, status.get("quiet_s") or 0
+    note = ", ".join(f"{k} {said[k]:.3g}" for k in ("reward", "loss") if isinstance(said.get(k), float))
     if quiet > 120: note = f"no sign of life for {quiet:.0f} s"
     if age > STALE_S: return Progress(job, "lost", status.get("elapsed_s", 0), done, total, unit, None, f"status is {age:.0f} s old: its process is gone; `vtg run` goes on from there")
     return Progress(job, "running", status.get("elapsed_s", 0), done, total, unit, eta, note)
@@ -126,5 +127,5 @@ def watch(
                 if before.get(p.job) != p.state: say(f"{time.strftime('%H:%M:%S')}  {p.job}: {p.state}  {clock(p.elapsed_s)}  {p.note}".rstrip())
         before = {p.job: p.state for p in rows}
         idle = 0. if "running" in before.values() else idle + every_s
-        if once or idle > rest_s: return int(any(s not in ("done", "running", "ok", "not started") for s in before.values()))
+        if once or idle > rest_s: return int(any(s not in ("done", "running", "not started") for s in before.values()))
         time.sleep(every_s)
