@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from videotg_r1.attention import compile_layers
-from videotg_r1.engine import AT_ONCE, Prompts, answer_probability, go_on, prefill, prompt_plan, sample, token_logps
+from videotg_r1.engine import (
+    STEPS_A_ROUND,
+    Prompts,
+    answer_probability,
+    go_on,
+    prefill,
+    prompt_plan,
+    sample,
+    token_logps,
+)
 from videotg_r1.ledger import Ledger, read_ledger
 from videotg_r1.policy import FAMILIES, FeatureCache, collate, encode, load_policy, prepare, random_policy, see, unwrap
 from videotg_r1.records import read_samples
@@ -132,7 +141,7 @@ def test_the_queue_changes_nothing(policy, monkeypatch):
     for slots in (1, 3):
         r = sample(policy, es, G=2, max_new_tokens=12, temperature=2., seed=list(range(8)), batch_size=slots)
         assert r.texts == want.texts and (r.logps - want.logps).abs().max() < 1e-4
-    monkeypatch.setitem(AT_ONCE, "cpu", AT_ONCE["cuda"])
+    monkeypatch.setitem(STEPS_A_ROUND, "cpu", STEPS_A_ROUND["cuda"])
     back = sample(policy, es[::-1], G=2, max_new_tokens=12, temperature=2., seed=list(range(8))[::-1], batch_size=3)
     assert back.texts == want.texts[::-1] and (back.logps.flip(0) - want.logps).abs().max() < 1e-4
 

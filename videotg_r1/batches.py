@@ -158,8 +158,8 @@ def within_memory(
     while True:
         try: return work(n)
         except torch.OutOfMemoryError as e: # leaving this block frees what the failed attempt held
-            if n == 1: raise RuntimeError("out of memory with a single prompt: lower max_pixels or max_frames of the frames, or k (answers "
-                                          f"to each prompt), or use a GPU with more memory ({str(e).splitlines()[0]})") from e
+            if n == 1: raise RuntimeError("out of memory with a single prompt: lower max_pixels or max_frames of the frames, or ask for fewer answers "
+                                          f"to each prompt (k of an agent, G of GRPO), or use a GPU with more memory ({str(e).splitlines()[0]})") from e
         n = vars(policy)["at_once"] = max(n//2, 1)
         if torch.cuda.is_available(): torch.cuda.empty_cache()
         warnings.warn(f"out of memory: going on with {n} prompts at a time", RuntimeWarning, stacklevel=2)
@@ -182,7 +182,7 @@ def ask_answers(
     at_once = batch_size or in_flight(policy, encodeds, G*max_new_tokens)
     r = within_memory(policy, lambda n: sample(policy, encodeds, G=G, batch_size=n, max_new_tokens=max_new_tokens, **kwargs), at_once)
     tokens, seconds = r.mask.sum(-1).long().tolist(), (time.perf_counter() - t)/len(encodeds)
-    known = [0]*len(encodeds) if (read := kwargs.get("prompts")) is None else read.known
+    known = [0]*len(encodeds) if (read := kwargs.get("prompts")) is None else read.known or [len(e) for e in encodeds]
     costs = [replace(prompt_cost(shape, e, n, known=k), seconds=seconds) for e, n, k in zip(encodeds, tokens, known, strict=True)]
     return r.texts, tokens, costs
 
@@ -217,7 +217,7 @@ def ask_further(
     read, # list of Prompts that `ask_yes` kept
     G:int=1, # answers to each
     shape=None, # ModelShape, to spare reading it again
-    seed=(), # [B] int
+    seed=(), # [B] int; greedy needs none
     **kwargs, # for `sample`: temperature, top_p, max_new_tokens, greedy
 ): # (texts [B][G], tokens [B][G], [B] Counts)
     "Sample answers to further questions about clips that have been read; only the new words are read"

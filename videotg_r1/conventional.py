@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .attention import fused
-from .engine import generate_kwargs
+from .engine import answer_rows, generate_kwargs
 from .policy import CHUNKED, collate, prepare, unwrap
 
 # %% ../nbs/37_conventional.ipynb #1a80e88c
@@ -82,14 +82,8 @@ def row_logps(
     ids,      # [B,G,T] int64
 ): # [B,G,T] log-probabilities
     "Scores of answers, one row for each"
-    (B, G, T), batch = ids.shape, collate(policy, encodeds, repeat=ids.shape[1])
-    start = torch.tensor([e.next_position for e in encodeds], device=ids.device).repeat_interleave(G)
-    positions = (start[:, None] + torch.arange(T, device=ids.device)).expand(3, -1, -1)
-    rows = dict(input_ids=torch.cat([batch["input_ids"], ids.flatten(0, 1)], 1),
-                position_ids=torch.cat([batch["position_ids"], positions], 2),
-                attention_mask=torch.cat([batch["attention_mask"], torch.ones_like(ids).flatten(0, 1)], 1))
-    logits = policy.model(**batch | rows, use_cache=False, logits_to_keep=T + 1).logits[:, :-1]
-    return chosen(policy, logits, ids.flatten(0, 1)).view(B, G, T)
+    logits = policy.model(**answer_rows(policy, encodeds, ids), use_cache=False, logits_to_keep=ids.shape[2] + 1).logits[:, :-1]
+    return chosen(policy, logits, ids.flatten(0, 1)).view(ids.shape)
 
 def chosen(
     policy, # Policy
@@ -130,17 +124,17 @@ def recomputed(
     on=True, # False changes nothing
 ): # a context
     "Layers of the language model are computed again in the backward pass"
-    layers = unwrap(policy.model).model.language_model.layers
+    layers = unwrap(policy.model).model.language_model.layers if on else []
     kept = [(layer.gradient_checkpointing, layer.training) for layer in layers]
-    for layer in layers if on else ():
+    for layer in layers:
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = True
-        layer.train()
+        layer.training = True
     try: yield
     finally:
         for layer, (old, training) in zip(layers, kept, strict=True):
             layer.gradient_checkpointing = old
-            layer.train(training)
+            layer.training = training
 
 @contextmanager
 def compiled(

@@ -86,7 +86,6 @@ class GRPOSettings:
     compile:bool = False # compile the layers of the model, on a GPU alone: up to a minute at first, then 1.17 in place of 1.66 s a step (3B, adapters, H100)
     lora_r:int = 0 # rank of adapters on the language model; 0: train the weights
     lora_alpha:int = 16 # scale of the adapters
-    lora_dropout:float = 0. # in the adapters
     parity_tol:float = 1e-3 # fp32: largest difference of sampled and scored log-probabilities, nats
     seed:int = 0 # order of samples, draws, adapters
     save_steps:int = 50 # steps between checkpoints; 0: none

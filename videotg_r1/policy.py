@@ -8,16 +8,15 @@ __all__ = ['FAMILIES', 'VISION_TOKENS', 'SPECIAL_TOKENS', 'TAGS', 'CHAT_TEMPLATE
            'Family', 'never_sampled', 'end_ids', 'Policy', 'frame_spec', 'train_tokenizer', 'build_config',
            'build_policy', 'chunk_attention', 'even_chunks', 'uneven_chunks', 'MatmulPatches', 'tower_plan',
            'FeatureTower', 'WideMLP', 'fast_classes', 'prepare', 'random_policy', 'Encoded', 'chat_parts',
-           'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'FeatureStore', 'hashers', 'pair_keys',
-           'beside', 'tower_pass', 'aside', 'settle', 'see', 'Pausing', 'look_ahead', 'no_bars', 'save_policy',
-           'resolve_name', 'read_extra', 'read_pixels', 'load_policy']
+           'video_pieces', 'encode', 'video_inputs', 'collate', 'FeatureCache', 'hashers', 'pair_keys', 'beside',
+           'tower_pass', 'aside', 'settle', 'see', 'Pausing', 'look_ahead', 'no_bars', 'save_policy', 'resolve_name',
+           'read_extra', 'read_pixels', 'load_policy']
 
 # %% ../nbs/30_policy.ipynb #1a5f45f5
 import itertools
 import json
 import os
 import re
-import sqlite3
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -54,11 +53,11 @@ def patch_grid(
     "How a clip is cut, or why it cannot be"
     x = torch.as_tensor(frames)
     if x.ndim != 4 or x.shape[-1] != 3 or x.dtype != torch.uint8:
-        raise ValueError(f"to_patches: frames must be [T,H,W,3] uint8, got {tuple(x.shape)} {x.dtype}: pass Clip.frames")
+        raise ValueError(f"patch_grid: frames must be [T,H,W,3] uint8, got {tuple(x.shape)} {x.dtype}: pass Clip.frames")
     (n, h, w, _), t = x.shape, spec.frames_per_pair
     if n == 0 or n % t or h % spec.factor or w % spec.factor or 0 in (h, w):
-        raise ValueError(f"to_patches: need a multiple of {t} frames and sides that are multiples of {spec.factor} px, "
-                         f"got {n} frames of {h}x{w}: read the clip with FrameSpec(factor={spec.factor})")
+        raise ValueError(f"patch_grid: need frames, a multiple of {t} of them, and sides that are multiples of {spec.factor} px, "
+                         f"got {n} frames of {h}x{w}: read the clip with FrameSpec(factor={spec.factor}), as `frame_spec` makes it")
     return n//t, h//spec.patch, w//spec.patch
 
 def sent(
@@ -578,98 +577,30 @@ class FeatureCache:
     "Features of pairs of frames, forgotten when the tower's weights change"
     def __init__(self,
         max_bytes=1 << 29, # bound on their total size, where the model is
-        store=None, # FeatureStore, asked for what is not held while the tower is frozen
     ):
         if max_bytes <= 0: raise ValueError(f"FeatureCache.max_bytes must be above 0, got {max_bytes}")
-        self.store, self.max_bytes, self.bytes, self.hits, self.misses, self.tower, self.held = store, max_bytes, 0, 0, 0, None, OrderedDict()
+        self.max_bytes, self.bytes, self.hits, self.misses, self.tower, self.cast, self.held = max_bytes, 0, 0, 0, None, None, OrderedDict()
 
     def __repr__(self): return f"FeatureCache({len(self.held)} pairs, {self.bytes/2**20:.1f} MiB, {self.hits} hits, {self.misses} misses)"
 
     def of(self, tower):
-        "This cache, empty if the tower is not the one it was filled by"
-        now = tuple((id(p), p._version, p.data_ptr(), p.dtype) for p in tower.parameters())
-        if now != self.tower:
-            self.tower, self.bytes, self.held = now, 0, OrderedDict()
-            if self.store: self.store.of(None if any(p.requires_grad for p in tower.parameters()) else tower)
+        "This cache, empty if the tower is not the one it was filled by; what autocast made stands apart"
+        now, kind = tuple((id(p), p._version, p.data_ptr(), p.dtype) for p in tower.parameters()), tower.device.type
+        if now != self.tower: self.tower, self.bytes, self.held = now, 0, OrderedDict()
+        self.cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         return self
 
     def get(self, key):
         "Features of a pair, or None"
-        found = self.held.get(key)
+        found = self.held.get((self.cast, key))
         if found is None: self.misses += 1
-        else: self.held.move_to_end(key); self.hits += 1
+        else: self.held.move_to_end((self.cast, key)); self.hits += 1
         return found
 
     def put(self, key, value):
         "Keep the features of a pair"
-        self.held[key], self.bytes = value, self.bytes + value.nbytes
+        self.held[self.cast, key], self.bytes = value, self.bytes + value.nbytes
         while self.bytes > self.max_bytes: self.bytes -= self.held.popitem(last=False)[1].nbytes
-
-# %% ../nbs/30_policy.ipynb #49387917
-class FeatureStore:
-    "Features of pairs of frames on disk, least recently used out first"
-    def __init__(self,
-        folder, # of `features.sqlite`, on a disk of this machine; made if absent
-        max_bytes=8 << 30, # bound on their total size
-    ):
-        if max_bytes <= 0: raise ValueError(f"FeatureStore.max_bytes must be above 0, got {max_bytes}")
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.max_bytes, self.tower = max_bytes, None
-        self.base = sqlite3.connect(Path(folder)/"features.sqlite", timeout=60., check_same_thread=False)
-        self.base.executescript("""pragma journal_mode = wal; pragma synchronous = normal;
-            create table if not exists pairs (key blob primary key, used integer, size integer, value blob);
-            create index if not exists by_use on pairs (used, size)""")
-
-    def of(self, tower):
-        "This store for a frozen tower; None: for one that is trained, of which nothing is kept"
-        self.tower = None if tower is None else sha256(f"{tower.config.to_json_string()} {tower.device.type}".encode())
-        for name, w in () if tower is None else tower.named_parameters():
-            self.tower.update(f"{name} {w.dtype}".encode())
-            self.tower.update(w.detach().cpu().contiguous().view(torch.uint8).numpy())
-        return self
-
-    def name(self, key): # bytes
-        "Key of a pair under this tower"
-        found = self.tower.copy()
-        found.update(repr(key).encode())
-        return found.digest()
-
-    def turn(self): # int
-        "A number above those of all earlier uses, so no clock is asked"
-        return self.base.execute("select coalesce(max(used), 0) + 1 from pairs").fetchone()[0]
-
-# %% ../nbs/30_policy.ipynb #a7ad7f86
-@patch
-def get(self:FeatureStore,
-    keys, # of `pair_keys`
-    device, # where features are wanted
-): # {key: features} of those that are here
-    "Features from disk"
-    from safetensors.torch import load
-    if self.tower is None: return {}
-    with self.base:
-        names = {k: self.name(k) for k in keys}
-        rows = {k: self.base.execute("select value from pairs where key = ?", (name,)).fetchone() for k, name in names.items()}
-        found = {k: load(row[0])["features"].to(device) for k, row in rows.items() if row}
-        now = self.turn()
-        self.base.executemany("update pairs set used = ? where key = ?", [(now, names[k]) for k in found])
-    return found
-
-@patch
-def put(self:FeatureStore,
-    found, # {key: features}
-):
-    "Keep features on disk"
-    from safetensors.torch import save
-    if self.tower is None or not found: return
-    values = [(self.name(k), save({"features": f.cpu()})) for k, f in found.items()]
-    with self.base:
-        now = self.turn()
-        self.base.executemany("insert or replace into pairs values (?, ?, ?, ?)", [(name, now, len(v), v) for name, v in values])
-        over = self.base.execute("select coalesce(sum(size), 0) from pairs").fetchone()[0] - self.max_bytes
-        for key, size in self.base.execute("select key, size from pairs order by used").fetchall() if over > 0 else ():
-            if over <= 0: break
-            self.base.execute("delete from pairs where key = ?", (key,)); over -= size
 
 # %% ../nbs/30_policy.ipynb #e730d44a
 @cache
@@ -749,14 +680,12 @@ def see(
     for e, ks in zip(encodeds, pair_keys(encodeds), strict=True):
         new = {k: o for k, o in zip(ks, e.frames.split(n), strict=True) if k not in known}
         keys.append(ks); known.update((k, cache.get(k)) for k in new)
-        for k, f in cache.store.get([k for k in new if known[k] is None], dev).items() if cache.store else (): known[k] = f; cache.put(k, f)
         for k in new:
             if known[k] is None:
                 some = waiting.setdefault(k[:2], {}); some[k] = new[k]     # pairs of one size, until a pass is full
                 if len(some) == most: look(waiting.pop(k[:2]))
     for some in waiting.values(): look(some)
     settle(dev, known.values())
-    if cache.store: cache.store.put({k: known[k] for k in looked})
     return [replace(e, features=torch.cat([known[k] for k in ks]), keys=ks) for e, ks in zip(encodeds, keys, strict=True)], len(looked)
 
 # %% ../nbs/30_policy.ipynb #c7a10b52
@@ -862,7 +791,6 @@ def load_policy(
     device="auto", # 'auto' = CUDA where there is one, else CPU; or a torch device
     dtype="auto",  # 'auto' = bfloat16 on CUDA, float32 on CPU; or a torch dtype or its name
     seed=0,        # seed of the weights of a random policy
-    fast=True,     # use the faster vision tower
 ): # Policy in eval mode
     "Load a policy by name"
     import transformers
@@ -872,7 +800,7 @@ def load_policy(
     if str(name).startswith("random-"):
         policy = random_policy(str(name).removeprefix("random-"), seed)
         policy.model.to(device, dtype)
-        return prepare(policy, fast)
+        return prepare(policy)
     where = resolve_name(name)
     try:
         kind = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False).model_type
@@ -886,4 +814,4 @@ def load_policy(
         raise ValueError(f"load_policy: cannot read {name}: {str(e).splitlines()[0]} Where there is no network, "
                          "fetch the model elsewhere and pass its folder.") from e
     frames = read_extra(where, "videotg.json").get("frame_spec", {})
-    return prepare(Policy(model.eval(), tokenizer, read_pixels(where, kind), kind, str(name), frames), fast)
+    return prepare(Policy(model.eval(), tokenizer, read_pixels(where, kind), kind, str(name), frames))

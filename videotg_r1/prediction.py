@@ -339,10 +339,10 @@ def what_fits(
     fits = lambda t, pixels: sum(training_gb(size, load_for(pixels), t).values()) <= gb
     if fits(t, total_pixels): return ""
     said = []
-    while t.grad_accum*t.gpus < t.prompts:
-        t = replace(t, grad_accum=t.grad_accum*2)
-        if fits(t, total_pixels): return f"raise grad_accum to {t.grad_accum}"
-    said.append(f"raise grad_accum to {t.grad_accum}")
+    for n in range(t.grad_accum + 1, t.prompts//t.gpus + 1):
+        if t.prompts % (n*t.gpus): continue                             # whole prompts in each part
+        t, said = replace(t, grad_accum=n), [f"raise grad_accum to {n}"]
+        if fits(t, total_pixels): return said[0]
     if not t.gradient_checkpointing:
         t = replace(t, gradient_checkpointing=True)
         said.append("set gradient_checkpointing: true")
@@ -369,7 +369,7 @@ def asking_fits(
     for n in (batch >> i for i in range(1, batch.bit_length())):
         if fits(n, total_pixels): return f"lower batch_size to {n}"
     for pixels in (total_pixels//2, total_pixels//4):
-        if fits(1, pixels): return f"lower batch_size to 1 and total_pixels to {pixels}"
+        if fits(1, pixels): return ("lower batch_size to 1 and " if batch > 1 else "lower ") + f"total_pixels to {pixels}"
     return "take a GPU with more memory, or a smaller model"
 
 # %% ../nbs/35_prediction.ipynb #e2d4c13d

@@ -452,12 +452,12 @@ def keep_precision(
 LORA_LAYERS = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 def lora_config(
-    cfg, # settings with lora_r, lora_alpha, lora_dropout
+    cfg, # settings with lora_r, lora_alpha and, for SFT, lora_dropout: GRPO scores answers as they were drawn, without dropout
 ): # peft.LoraConfig, or None when lora_r is 0
     "Adapters for the language model's linear layers"
     if not cfg.lora_r: return None
     from peft import LoraConfig
-    return LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=cfg.lora_dropout, bias="none",
+    return LoraConfig(r=cfg.lora_r, lora_alpha=cfg.lora_alpha, lora_dropout=getattr(cfg, "lora_dropout", 0.), bias="none",
                       target_modules=LORA_LAYERS)
 
 def set_trainable(
