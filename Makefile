@@ -29,7 +29,8 @@ $(STAMP): settings.ini constraints.txt setup.py pyproject.toml
 	@touch $@
 
 quickstart: $(STAMP)  ## the whole method on two CPU cores; ends with reports/quickstart/index.html
-	$(OFFLINE) $(BIN)/vtg run params/quickstart.yaml --jobs $(JOBS)
+	@echo "about 8 minutes on two idle cores; from another terminal: $(BIN)/vtg watch quickstart"
+	@$(OFFLINE) $(BIN)/vtg run params/quickstart.yaml --jobs $(JOBS)
 
 test: $(STAMP)  ## export and clean change nothing, ruff, the notebooks (of nbs/explore two), then pytest
 	@$(OFFLINE) bash .ci/gate $(BIN)

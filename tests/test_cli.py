@@ -38,7 +38,9 @@ def test_help_of_a_verb_explains_each_argument(verb):
 
 def test_unknown_verb_and_no_verb_are_errors():
     assert vtg("fly")[0] == 2
-    assert vtg()[0] == 2
+    code, _, err = vtg()
+    assert code == 2 and "exit codes" in err.lower() and "preflight" in err, "it says what can be done"
+    assert vtg("--version")[1].startswith("vtg 0")
 
 
 def test_import_is_light():
@@ -242,10 +244,20 @@ def test_run_refuses_impossible_numbers_and_folders_before_anything_starts(tmp_p
     assert code == 1 and "missing disk" in out and "name another folder with --runs" in out
 
 
-@pytest.mark.parametrize("old, new, words", [("G: 4", "G: 0", "grpo.G must be at least 1"), ("G: 4", "G: 9999999999", "and below 2**31, got 9999999999"), ("max_frames: 32", "max_frames: 0", "FrameSpec.max_frames"), ("method: grpo", "method: dpo", "method must be sft or grpo")])
+@pytest.mark.parametrize("old, new, words", [("G: 4", "G: 0", "train-videotg_r1: grpo: GRPOSettings.G must be at least 2"), ("G: 4", "G: 9999999999", "and below 2**31, got 9999999999"), ("max_frames: 32", "max_frames: 0", "FrameSpec.max_frames"), ("method: grpo", "method: dpo", "method must be sft or grpo")])
 def test_preflight_refuses_what_no_stage_takes(tmp_path, old, new, words):
     (tmp_path/"p.yaml").write_text((ROOT/"params/smoke.yaml").read_text().replace(old, new, 1))
     assert words in refused("preflight", tmp_path/"p.yaml")
+
+
+def test_a_wrong_value_in_a_late_stage_stops_the_run_before_the_first(tmp_path):
+    for old, new, words in (("curriculum: {}", "curriculum: {start: 1.5}", "CurriculumConfig.start must be in [0,1]"), ("pool: videotg,", "pool: vidotg,", "did you mean 'videotg'?"), ("share: 0.5", "share: 30", "SelectConfig.share must be in (0,1]")):
+        text = (ROOT/"params/smoke.yaml").read_text()
+        assert old in text
+        (tmp_path/"p.yaml").write_text(text.replace(old, new))
+        assert words in refused("run", tmp_path/"p.yaml", "--runs", tmp_path/"runs", "--reports", tmp_path/"reports")
+        assert words in refused("preflight", tmp_path/"p.yaml")
+    assert not (tmp_path/"runs").exists()
 
 
 def test_preflight_takes_numbers_in_quotes(tmp_path):

@@ -128,6 +128,7 @@ def ground(
     digits = 1 if clip.duration_s >= 1 else 3
     for s,e in spans: say(f"{s:.{digits}f} to {e:.{digits}f} s" + ("" if free else f"  (the likeliest span: the free answer {raw[:200]!r} names none within the video's {clip.duration_s:.1f} s)"))
     say(f"timeline: {out}")
+    if args.model == "tiny": say("note: the shipped model knows the moving shapes of `vtg world` alone; for a real video name a real one, as --model Qwen/Qwen2.5-VL-7B-Instruct", file=sys.stderr)
     return 0
 
 # %% ../nbs/82_cli.ipynb #80f88345
@@ -225,7 +226,8 @@ RULES = [("--policy", dict(default="default", help="default, videomind, time_r1,
          ("--rules", dict(nargs="*", default=[], metavar="name=value", help="what differs from the preset, as in missing=leave_out"))]
 SCORE_VERBS = {
     "score": (score, [("task", dict(help="vtg (any set of spans), qvhighlights, nextgqa or rextime")), TRUTH,
-                      ("--preds", dict(required=True, action="append", help="file of answers; twice where spans and options are in two files")), OUT, *RULES,
+                      ("--preds", dict(required=True, action="append", help='file of answers, jsonl lines such as {"qid": "a", "spans": [[2.5, 5.5]]}; lines of charades_sta_test.txt are charades_sta_test_1, _2, ...; '
+                                                                        "twice where spans and options are in two files")), OUT, *RULES,
                       ("--boot", dict(type=int, default=1000, help="resamples of the intervals, 0 for none (default: 1000)"))]),
     "compare": (compare, [("a", dict(help="file of answers, or a run: its name or folder")), ("b", dict(help="what to compare it with, of the same kind")),
                           ("--truth", dict(default="", help="of two files: their annotation file, jsonl with qid and spans, or a released file as it is")),
@@ -474,6 +476,7 @@ def parser()->argparse.ArgumentParser: # of the command `vtg`
     top = argparse.ArgumentParser(prog="vtg", description="Reinforcement learning for video temporal grounding.", allow_abbrev=False,
                                   epilog="Exit codes: 0 it worked; 1 internal (a stage failed, hung or met a full disk), or a check found something (preflight, data, merge); 2 the caller's mistake; "
                                          "3 done, but samples with unreadable videos were set aside; 130 stopped, the same command goes on.")
+    top.add_argument("--version", action="version", version=f"vtg {lib('stages').version('videotg_r1')}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name,(func, arguments) in VERBS.items():
         sub = verbs.add_parser(name, help=func.__doc__, description=func.__doc__, allow_abbrev=False)
@@ -505,6 +508,9 @@ def asked(
     argv=None, # arguments; those of the process by default
 ): # namespace of the verb's arguments
     "The arguments; values `name=value` may stand behind a flag as well"
+    if not (sys.argv[1:] if argv is None else argv): # say what can be done
+        parser().print_help(sys.stderr)
+        raise SystemExit(2)
     args, rest = parser().parse_known_args(argv)
     if wrong := [o for o in rest if o.startswith("-") or "=" not in o or not hasattr(args, "values")]: parser().error(f"unrecognized arguments: {' '.join(wrong)}")
     if rest: args.values = [*args.values, *rest]

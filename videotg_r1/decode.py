@@ -156,7 +156,7 @@ def _open(path):
     "PyAV container of a local media file; network, playlists and rare formats shut out"
     import av
     try:
-        if not os.path.exists(path): raise VideoError(path, "no such file", "check the video root and the name")
+        if not os.path.exists(path): raise VideoError(path, "no such file", "check the path, or the folder of videos that it was looked for in")
         if not os.path.isfile(path): raise VideoError(path, "not a regular file", "give the video file itself")
         with open(path, "rb") as f: head = f.read(512)
     except OSError as e: raise VideoError(path, f"cannot be read ({e.strerror})", "check its permissions") from None
@@ -170,7 +170,7 @@ def _open(path):
                          "give a video file, or convert it: ffmpeg -i IN OUT.mp4") from None
     except (av.FFmpegError, ValueError) as e:
         raise VideoError(path, f"not a readable video container ({getattr(e, 'strerror', None) or e})",
-                         "fetch it again: it may be cut short") from None
+                         "fetch it again: it may be cut short, or be no video") from None
 
 # %% ../nbs/09_decode.ipynb #13569b6f
 def _video_stream(path, container):

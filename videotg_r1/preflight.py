@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NOTHING', 'CPU', 'CPU_RATES', 'check_model', 'check_data', 'told_by', 'model_size', 'frames_of', 'training_of',
            'variants_of', 'typical', 'Outlook', 'outlook', 'words', 'duration_text', 'judge_cost', 'price', 'estimates',
-           'disk_need', 'listed', 'numbers', 'preflight']
+           'disk_need', 'listed', 'too_few', 'no_gpu', 'numbers', 'preflight']
 
 # %% ../nbs/81_preflight.ipynb #3e6accc0
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -42,7 +43,7 @@ from videotg_r1.prediction import (
     what_fits,
 )
 from .records import write_jsonl
-from .stages import check_params, plan_run, stage_notebook, there, unwritable
+from .stages import check_params, check_values, plan_run, stage_notebook, there, unwritable
 from .video import FrameSpec
 
 # %% ../nbs/81_preflight.ipynb #a977a059
@@ -262,9 +263,10 @@ def estimates(
     out += [Finding("note", "stage", f"{o.name}: {'at most ' if o.name == 'reflect' else ''}{duration_text(o.seconds)} on {o.gpus} {'process' if cpu and not lost else 'GPU'}{'s'*(o.gpus > 1)}, {o.gb:.1f} GB each") for o in found if known]
     if not known: return [*out, Finding("note", "time", "no sample was found, so nothing is known about time; memory is that of a minute of video")]
     if not cpu or lost: out.append(price(total, f"{name}, if there were one" if lost else name))
-    rates = CPU_RATES if cpu and not lost else RATES
-    return out + [Finding("note", "time", f"about {duration_text(sum(o.seconds for o in found))} for {len(found)} stages with a model, {sizes['train']} training and {sizes['heldout']} "
-                          f"held-out samples of {sizes['mean_s']:.0f} s, one stage after the other: a prediction from measured rates ({rates.source})"
+    rates, spent, at_once = CPU_RATES if cpu and not lost else RATES, sum(o.seconds for o in found), min(os.cpu_count() or 1, 4)
+    beside = f" ({duration_text(max(spent/at_once, max(o.seconds for o in found)))} at least with {at_once} at once, as `vtg run` does without a GPU)" if cpu and not lost and at_once > 1 else ""
+    return out + [Finding("note", "time", f"about {duration_text(spent)} for {len(found)} stages with a model, {sizes['train']} training and {sizes['heldout']} "
+                          f"held-out samples of {sizes['mean_s']:.0f} s, one stage after the other{beside}: a prediction from measured rates ({rates.source})"
                           + ("; several GPUs are taken to lose only what sending gradients costs (measured on two)" if any(o.gpus > 1 for o in found) else ""))]
 
 # %% ../nbs/81_preflight.ipynb #e809aa3e
@@ -293,6 +295,23 @@ def listed(
     missing = sum(r["what"] == "missing" for r in rows)
     return Finding("note", "videos", f"{missing} missing and {len(rows) - missing} undecodable videos are listed in {path}")
 
+# %% ../nbs/81_preflight.ipynb #a49035ce
+def too_few(
+    jobs, # of Job, parameters resolved
+    rows:int, # training samples; 0: not known
+)->list: # of Finding
+    "Variants that ask for more samples than there are"
+    asked = {f"{j.name}.variants.{k}.first": v["first"] for j in jobs for k,v in j.params.get("variants", {}).items() if v.get("pool", "all") == "all" and v.get("first")}
+    return [Finding("missing", "samples", f"{where}: {n} samples asked for, {rows} are there", "ask for fewer, or leave that variant out") for where,n in asked.items() if n > rows > 0]
+
+def no_gpu(
+    jobs, # of Job, parameters resolved
+    elsewhere, # whether it is planned for another machine
+)->list: # of Finding
+    "Stages that are told to use a GPU where there is none"
+    told = [j.name for j in jobs if j.params.get("device") == "cuda"]
+    return [Finding("missing", "device", f"{told[0]}: device is cuda, and no GPU is seen here", "shared: {device: auto} takes a GPU where there is one")] if told and not elsewhere and not gpus() else []
+
 # %% ../nbs/81_preflight.ipynb #3b70cc01
 def numbers(
     params, # parameters of a stage, resolved
@@ -320,13 +339,16 @@ def preflight(
     for j in jobs:
         if "frames" in j.params: from_params(FrameSpec, frames_of(j.params)) # refuses what no stage would take
     first = next((j for j in jobs if j.stage == "prepare"), None)
-    out = [Finding("ok", "params", f"{len(jobs)} stages, all parameters known")]
+    check_values(plan)
+    out = [Finding("ok", "params", f"{len(jobs)} stages, all parameters known, their values allowed")]
     models = {j.params["model"] for j in jobs if "model" in j.params and not j.params.get("judge")}
     out += [check_model(m) for m in sorted(models)]
+    if "tiny" in models and first and first.params["source"] != "synthetic":
+        out.append(Finding("note", "model", "tiny knows the moving shapes of the synthetic world alone: a trial of the pipeline, not of the method", "shared: {model: Qwen/Qwen2.5-VL-3B-Instruct}"))
     found, sizes, useless = check_data(first.params) if first else ([], NOTHING, [])
     if useless and not unwritable(root): found.append(listed(useless, repo_path(root)/config["run"]/"unusable.jsonl"))
-    out += found + estimates(jobs, sizes, cards, card)
+    out += found + too_few(jobs, sizes["train"]) + no_gpu(jobs, cards or card) + estimates(jobs, sizes, cards, card)
     if why := unwritable(root): return [*out, Finding("missing", "disk", f"no run can be written to {repo_path(root)}: {why}", "name another folder with --runs")]
     free, (weights, frames) = shutil.disk_usage(there(root)).free/1e9, disk_need(jobs, sizes)
     said = f"{free:.0f} GB free, about {weights:.0f} GB for checkpoints and {frames:.1f} GB for decoded frames"
-    return out + [Finding("ok" if free > weights + frames else "missing", "disk", said)]
+    return out + [Finding("ok", "disk", said) if free > weights + frames else Finding("missing", "disk", said, "make room, name another disk with --runs, or keep less: keep_checkpoints: 1, lora_r: 64")]

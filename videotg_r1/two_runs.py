@@ -221,7 +221,7 @@ def explain(
     one, two = map(sheets_of, stages)
     titles = [k for k in one if k in two and shared(one[k], two[k])[0]]
     if not titles: raise ValueError(f"compare: {names[0]} and {names[1]} have no model of the same name that was asked the same queries: "
-                                    f"{names[0]} has {', '.join(one)}; {names[1]} has {', '.join(two)}. Two files of answers can be compared with --truth")
+                                    f"their held-out sets differ, or all names do. {names[0]} has {'; '.join(one)}. {names[1]} has {'; '.join(two)}")
     changed, models = changes(*stages), {}
     edges = {k: v for k,v in recorded(stages[1]["estimate"])[0].get("settings", {}).items() if k in ("easy_below", "hard_from")} if "estimate" in stages[1] else {}
     for k in titles:

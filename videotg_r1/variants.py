@@ -110,7 +110,8 @@ def read_pool(
         if pool not in known: raise ValueError(f"read_pool: no pool {pool!r} in {pools_dir!r}; known: all, {', '.join(known)}: "
                                                "name it in the select section")
         out = read_samples(repo_path(pools_dir)/f"pool-{pool}.jsonl")
-    if first > len(out): raise ValueError(f"read_pool: first={first} samples asked of pool {pool!r} with {len(out)}")
+    if first > len(out): raise ValueError(
+        f"read_pool: first={first} samples asked of pool {pool!r}, which has {len(out)}: lower `first`, or leave that variant out of the params file")
     return sorted(out, key=lambda s: fingerprint(s.qid))[:first] if first else out
 
 # %% ../nbs/61_variants.ipynb #bd49df10

@@ -254,7 +254,7 @@ def file_identity(
             digest = hashlib.sha256(f.read(1 << 16))
             if about.st_size > 1 << 16: f.seek(max(1 << 16, about.st_size - (1 << 16))); digest.update(f.read(1 << 16))
     except VideoError: raise
-    except FileNotFoundError: raise VideoError(path, "no such file", "check the video root and the name") from None
+    except FileNotFoundError: raise VideoError(path, "no such file", "check the path, or the folder of videos that it was looked for in") from None
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or e
         raise VideoError(path, f"cannot be read ({why})", "check that it is a file, and its permissions") from None
@@ -434,7 +434,7 @@ def _stored(path):
     "(frames, times, duration) of an .npz, checked"
     try:
         with np.load(path, allow_pickle=False) as z: frames,times,end = z["frames"],z["times"],z.get("duration_s")
-    except FileNotFoundError: raise VideoError(path, "no such file", "check the video root and the name") from None
+    except FileNotFoundError: raise VideoError(path, "no such file", "check the path, or the folder of videos that it was looked for in") from None
     except Exception as e:          # whatever a damaged zip brings about
         raise VideoError(path, f"not an .npz of frames ({e})", "write it with `write_frames`") from None
     ok = frames.ndim == 4 and frames.shape[-1] == 3 and frames.dtype == np.uint8 and times.shape == frames.shape[:1] and len(times) > 1
