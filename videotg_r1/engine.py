@@ -195,8 +195,9 @@ def logits_at(
     ends,  # [B] int64, places in the row
 ): # [B,V]
     "Logits of the tokens that follow some places of a row"
-    if torch.is_grad_enabled(): return model(**batch, logits_to_keep=ends).logits[0]
     inner, layers = unwrap(model).model, unwrap(model).model.language_model.layers
+    added = len(getattr(inner.visual, "deepstack_visual_indexes", ()))   # layers behind which Qwen3-VL adds to all tokens
+    if torch.is_grad_enabled() or len(layers) <= added: return model(**batch, logits_to_keep=ends).logits[0]
     def places(input_ids, **_): return ((input_ids == inner.config.video_token_id)[..., None],)*2
     inner.get_placeholder_mask, last, layers[-1] = places, layers[-1], AtEnds(layers[-1], ends)
     try: return model(**batch).logits[0]
@@ -813,6 +814,7 @@ def score_logits(
 ): # [R,2] float32: log-probability and entropy
     "Log-probabilities of chosen tokens"
     x = allowed_logits(logits, banned, temperature)
+    x = x - x.detach().amax(-1, keepdim=True)                           # a sure token's probability is as exact as its logarithm, not as its logit
     norm = x.logsumexp(-1)
     with torch.no_grad(): entropy = norm - ((x - norm[:, None]).exp()*x).sum(-1)
     return torch.stack([x.gather(-1, targets[:, None]).squeeze(-1) - norm, entropy], -1)
