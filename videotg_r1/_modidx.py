@@ -406,6 +406,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'videotg_r1.datasets.tacos_rows': ('datasets.html#tacos_rows', 'videotg_r1/datasets.py'),
                                      'videotg_r1.datasets.time_r1_rows': ('datasets.html#time_r1_rows', 'videotg_r1/datasets.py'),
                                      'videotg_r1.datasets.video_folders': ('datasets.html#video_folders', 'videotg_r1/datasets.py'),
+                                     'videotg_r1.datasets.where_from': ('datasets.html#where_from', 'videotg_r1/datasets.py'),
                                      'videotg_r1.datasets.windows_rows': ('datasets.html#windows_rows', 'videotg_r1/datasets.py')},
             'videotg_r1.decode': { 'videotg_r1.decode.VideoError': ('decode.html#videoerror', 'videotg_r1/decode.py'),
                                    'videotg_r1.decode.VideoError.__init__': ('decode.html#videoerror.__init__', 'videotg_r1/decode.py'),
