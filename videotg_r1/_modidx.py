@@ -405,6 +405,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'videotg_r1.datasets.tacos_frames': ('datasets.html#tacos_frames', 'videotg_r1/datasets.py'),
                                      'videotg_r1.datasets.tacos_rows': ('datasets.html#tacos_rows', 'videotg_r1/datasets.py'),
                                      'videotg_r1.datasets.time_r1_rows': ('datasets.html#time_r1_rows', 'videotg_r1/datasets.py'),
+                                     'videotg_r1.datasets.too_many_unusable': ('datasets.html#too_many_unusable', 'videotg_r1/datasets.py'),
                                      'videotg_r1.datasets.video_folders': ('datasets.html#video_folders', 'videotg_r1/datasets.py'),
                                      'videotg_r1.datasets.where_from': ('datasets.html#where_from', 'videotg_r1/datasets.py'),
                                      'videotg_r1.datasets.windows_rows': ('datasets.html#windows_rows', 'videotg_r1/datasets.py')},

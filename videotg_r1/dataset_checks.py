@@ -20,7 +20,8 @@ from pathlib import Path
 
 from .annotations import NO_PAIRS, Policy
 from .datasets import (
-    SETS, FilterConfig, Part, annotation_file, counted, filtered, known_set, leak, read_set, rows_read, shared_films, video_folders, where_from)
+    SETS, FilterConfig, Part, annotation_file, counted, filtered, known_set, leak, read_set, rows_read, shared_films, too_many_unusable,
+    video_folders, where_from)
 from .ledger import Ledger
 from .progress import bar
 from .records import printable, write_atomic
@@ -124,6 +125,7 @@ def check_rows(
     published = "no published number" if wanted is None else "as published" if same else f"{wanted:,} were published"
     c.say("ok" if same and c.samples else "missing", "rows", f"{n:,} rows in {c.part.path.name}, {published}; "
           f"{len(c.samples):,} usable, of {len({s.vid for s in c.samples}):,} videos")
+    if why := too_many_unusable(c.samples, c.issues, cfg.max_unusable): c.say("missing", "annotations", f"{why}: no run would start")
     by = defaultdict(list)
     for o in c.issues: by[o.fault, o.fate].append(o)
     for (fault, fate),found in by.items():

@@ -8,7 +8,7 @@ __all__ = ['LONGEST_QUERY', 'SETS', 'REPORTED', 'clone_root', 'repo_path', 'para
            'span_rows', 'hirest_rows', 'hirest_step_rows', 'sentence', 'queryd_rows', 'nextgqa_rows', 'rextime_rows',
            'time_r1_rows', 'jsonl_rows', 'DataSet', 'known_set', 'where_from', 'annotation_file', 'video_folders',
            'Issue', 'counted', 'rows_read', 'judge', 'read_set', 'FilterConfig', 'filtered', 'film', 'shared_films',
-           'leak', 'Part', 'by_commas', 'data_parts', 'read_parts', 'prepare']
+           'leak', 'Part', 'by_commas', 'data_parts', 'too_many_unusable', 'read_parts', 'prepare']
 
 # %% ../nbs/14_datasets.ipynb #b2224621
 import csv
@@ -588,6 +588,18 @@ def data_parts(
         part("heldout", n, f, REPORTED.get(n, "test")) for n,f in zip(judged, tests or [""]*len(judged), strict=True)]
 
 # %% ../nbs/14_datasets.ipynb #11b21f6b
+def too_many_unusable(
+    samples, # list of `Sample`, of one file
+    issues, # list of Issue, of the same
+    max_unusable:float, # share of its rows that may be unusable
+)->str: # what is wrong, or ''
+    "Whether so much of a file is unusable that it must be another mistake"
+    bad = [o for o in issues if o.fate == "left out" and o.fault not in ("past the end", "before 0", "no span")]
+    gone = len({o.qid for o in bad} - {s.qid for s in samples})
+    if gone <= max_unusable*(gone + len(samples)): return ""
+    return (f"{gone} of {gone + len(samples)} rows are unusable, at most {max_unusable:.0%} may be (max_unusable); "
+            f"the first: {bad[0].qid!r:.80}: {bad[0].fault}, {bad[0].text}")
+
 def read_parts(
     parts, # list of Part
     policy:Policy="clip", # for training spans that do not fit their video; those reported on are kept as annotated
@@ -597,11 +609,7 @@ def read_parts(
     out, notes = {"train": [], "heldout": []}, {}
     for p in parts:
         samples, issues = read_set(p.name, p.path, p.videos, p.split, policy if p.role == "train" else "keep")
-        bad = [o for o in issues if o.fate == "left out" and o.fault not in ("past the end", "before 0", "no span")]
-        gone = len({o.qid for o in bad} - {s.qid for s in samples})
-        if gone > max_unusable*(gone + len(samples)): raise ValueError(
-            f"{p.path}: {gone} of {gone + len(samples)} rows are unusable, "
-            f"at most {max_unusable:.0%} may be (max_unusable); the first: {bad[0].qid!r:.80}: {bad[0].fault}, {bad[0].text}")
+        if why := too_many_unusable(samples, issues, max_unusable): raise ValueError(f"{p.path}: {why}")
         out[p.role] += samples
         notes |= counted(issues, f"{p.name} {p.split}")
     return out, notes
