@@ -126,6 +126,8 @@ def check_rows(
     c.say("ok" if same and c.samples else "missing", "rows", f"{n:,} rows in {c.part.path.name}, {published}; "
           f"{len(c.samples):,} usable, of {len({s.vid for s in c.samples}):,} videos")
     if why := too_many_unusable(c.samples, c.issues, cfg.max_unusable): c.say("missing", "annotations", f"{why}: no run would start")
+    if c.part.role == "heldout" and len({s.vid for s in c.samples}) == 1:
+        c.say("missing", "videos", "one video says nothing about others: what is reported on needs two or more, since intervals are over videos")
     by = defaultdict(list)
     for o in c.issues: by[o.fault, o.fate].append(o)
     for (fault, fate),found in by.items():
