@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .annotations import Policy
+from .annotations import NO_PAIRS, Policy
 from .datasets import (
-    SETS, FilterConfig, Part, annotation_file, counted, filtered, known_set, leak, read_set, rows_read, shared_films, video_folders)
+    SETS, FilterConfig, Part, annotation_file, counted, filtered, known_set, leak, read_set, rows_read, shared_films, too_many_unusable,
+    video_folders, where_from)
 from .ledger import Ledger
 from .progress import bar
 from .records import printable, write_atomic
@@ -124,13 +125,17 @@ def check_rows(
     published = "no published number" if wanted is None else "as published" if same else f"{wanted:,} were published"
     c.say("ok" if same and c.samples else "missing", "rows", f"{n:,} rows in {c.part.path.name}, {published}; "
           f"{len(c.samples):,} usable, of {len({s.vid for s in c.samples}):,} videos")
+    if why := too_many_unusable(c.samples, c.issues, cfg.max_unusable): c.say("missing", "annotations", f"{why}: no run would start")
+    if c.part.role == "heldout" and len({s.vid for s in c.samples}) == 1:
+        c.say("missing", "videos", "one video says nothing about others: what is reported on needs two or more, since intervals are over videos")
     by = defaultdict(list)
     for o in c.issues: by[o.fault, o.fate].append(o)
     for (fault, fate),found in by.items():
         qids, far = dict.fromkeys(o.qid for o in found), {o.qid for o in found if o.over_s > 1}
         more = f", {len(far):,} by more than a second" if fault == "past the end" else ""
-        of_span = fault in ("past the end", "before 0", "outside", "backwards", "empty", "not a number")
-        c.say("note", "spans" if of_span else "queries", f"{len(qids):,} queries: {fault}{more}, {fate} ({some(qids)})")
+        of_span = fault in ("past the end", "before 0", "outside", "backwards", "empty", "not a number", NO_PAIRS)
+        first = f"; the first: {found[0].text}" if found[0].text else ""
+        c.say("note", "spans" if of_span else "queries", f"{len(qids):,} queries: {fault}{more}, {fate} ({some(qids)}){first}")
     if many := sum(len(s.spans) > 1 for s in c.samples):
         c.say("note", "spans", f"{many:,} queries have several true spans; all of them are kept")
     twice = Counter((s.vid, s.query.casefold()) for s in c.samples)
@@ -160,6 +165,7 @@ def check_videos(
     there = [p for p in lengths if os.path.isfile(p)]
     folders = ", ".join(map(str, c.part.videos))
     if not any(Path(o).is_dir() for o in c.part.videos): return c.say("missing", "videos", f"no folder {folders}")
+    if not lengths: return None
     gone = sorted((lengths[p][0], p) for p in set(lengths) - set(there))
     c.say("missing" if gone else "ok", "videos",
           f"{len(there):,} of {len(lengths):,} videos in {folders}" + (f"; not there: {some([vid for vid,_ in gone])}; the first was looked for as {gone[0][1]}" if gone else ""))
@@ -382,9 +388,8 @@ def check_part(
     c = Checked(part)
     try: c.samples, c.issues = read_set(part.name, part.path, part.videos, part.split, policy if part.role == "train" else "keep")
     except ValueError as e: c.say("missing", "annotations", str(e))
-    else:
-        check_rows(c, cfg)
-        check_videos(c, ledger_path, depth, workers)
+    else: check_rows(c, cfg)
+    check_videos(c, ledger_path, depth, workers)
     return c
 
 # %% ../nbs/15_dataset_checks.ipynb #88ddd702
@@ -429,5 +434,5 @@ def set_parts(
              for s,p in files.items() if p.is_file()]
     if not found: raise ValueError(
         f"no annotation file of {name} below {root}: expected "
-        f"{' or '.join(str(p) for p in files.values()) or 'a set with a layout'}")
+        f"{' or '.join(str(p) for p in files.values()) or 'a set with a layout'}: {where_from(name)}")
     return found

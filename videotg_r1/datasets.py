@@ -6,9 +6,9 @@
 __all__ = ['LONGEST_QUERY', 'SETS', 'REPORTED', 'clone_root', 'repo_path', 'params_file', 'Row', 'lengths', 'named',
            'charades_rows', 'activitynet_rows', 'tacos_frames', 'tacos_rows', 'didemo_rows', 'windows_rows',
            'span_rows', 'hirest_rows', 'hirest_step_rows', 'sentence', 'queryd_rows', 'nextgqa_rows', 'rextime_rows',
-           'time_r1_rows', 'jsonl_rows', 'DataSet', 'known_set', 'annotation_file', 'video_folders', 'Issue', 'counted',
-           'rows_read', 'judge', 'read_set', 'FilterConfig', 'filtered', 'film', 'shared_films', 'leak', 'Part',
-           'by_commas', 'data_parts', 'read_parts', 'prepare']
+           'time_r1_rows', 'jsonl_rows', 'DataSet', 'known_set', 'where_from', 'annotation_file', 'video_folders',
+           'Issue', 'counted', 'rows_read', 'judge', 'read_set', 'FilterConfig', 'filtered', 'film', 'shared_films',
+           'leak', 'Part', 'by_commas', 'data_parts', 'too_many_unusable', 'read_parts', 'prepare']
 
 # %% ../nbs/14_datasets.ipynb #b2224621
 import csv
@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import videotg_r1
-from .annotations import Policy, Videos, fit_spans, read_json, read_pickle, read_text, text_lines
+from .annotations import NO_PAIRS, Policy, Videos, fit_spans, read_json, read_pickle, read_text, text_lines
 from .config import from_params, settings
 from .records import Sample, read_jsonl, write_samples
 from .synthetic import WorldConfig, make_world
@@ -277,13 +277,13 @@ def jsonl_rows(
     known = [f.name for f in fields(Sample)]
     for n,o in enumerate(read_jsonl(path), 1):
         who = f"{path}, row {n} (qid {o.get('qid')!r:.80})"
+        missing = ", ".join(k for k in ("qid", "vid", "duration_s", "query") if k not in o)
         if bad := [k for k in o if k not in known]:
             near = get_close_matches(str(bad[0]), known, 1, 0.)
             raise ValueError(
-                f"{who}: unknown field {bad[0]!r:.80}, nearest: {near[0] if near else known[0]!r}; known: "
-                f"{', '.join(known)}")
-        if missing := [k for k in ("qid", "vid", "duration_s", "query") if k not in o]: raise ValueError(
-            f"{who}: missing fields {missing}")
+                f"{who}: unknown field {bad[0]!r:.80}, nearest: {near[0] if near else known[0]!r}"
+                f"{missing and f'; {missing} is missing'}; known: {', '.join(known)}")
+        if missing: raise ValueError(f"{who}: {missing} is missing")
         yield Row(o["qid"], o["vid"], o["duration_s"], o["query"], o.get("spans", []), (), o.get("options") or (),
                   o.get("answer"), o.get("video") or "")
 
@@ -335,6 +335,14 @@ def known_set(
     if name in SETS: return SETS[name]
     near = get_close_matches(name, SETS, 1)
     raise ValueError(f"no set {name!r:.80}{f', did you mean {near[0]!r}?' if near else ''}; known: {', '.join(SETS)}")
+
+def where_from(
+    name:str, # of a set, or jsonl
+)->str: # what to read
+    "What to read where an annotation file is missing"
+    if name == "jsonl": return "docs/start.md, 'Your own data', says how to make one"
+    return (f"the tree {known_set(name).folder}/ with annotations and videos is that of VideoMind's data release; "
+            "docs/start.md, 'Where annotations come from', shows it")
 
 # %% ../nbs/14_datasets.ipynb #0d67f005
 # split that is reported on; elsewhere test
@@ -412,10 +420,11 @@ def judge(
     if type(vid) is int: vid = str(vid)
     if not isinstance(r.query, str) or not r.query.strip(): return gone("no query", repr(r.query))
     if len(r.query) > LONGEST_QUERY: return gone("long query", f"{len(r.query)} characters")
-    if not duration_s: return gone("no length", repr(r.duration_s))
+    if not duration_s: return gone("no length", f"expected seconds above 0, as in 48.0, got {r.duration_s!r}")
     try: video = videos.find(*(r.names or (r.video or vid,)))
     except ValueError as e: return gone("video name", e)
-    if not isinstance(r.spans, (list, tuple)): return gone("not a number", repr(r.spans))
+    pairs = isinstance(r.spans, (list, tuple)) and (not r.spans or any(isinstance(o, (list, tuple)) for o in r.spans))
+    if not pairs: return gone(NO_PAIRS, f"got {r.spans!r}")
     spans, notes = fit_spans(r.spans, duration_s, policy)
     over = lambda span, fault: float(span[1]) - duration_s if fault == "past the end" else 0.
     issues = [Issue(qid, fault, fate, f"{span!r:.80} of {duration_s:.6g} s", over(span, fault))
@@ -436,7 +445,8 @@ def read_set(
 )->tuple: # (list of `Sample`, list of Issue)
     "Samples of an annotation file, with everything that was cut or left out"
     data, out, issues = known_set(source), {}, []
-    if not Path(path).is_file(): raise ValueError(f"read_set: no annotation file {path}")
+    if not Path(path).is_file(): raise ValueError(
+        f"read_set: no annotation file {path}: {where_from(source)}")
     files = Videos(videos)
     try:
         for r in data.read(path):
@@ -578,6 +588,18 @@ def data_parts(
         part("heldout", n, f, REPORTED.get(n, "test")) for n,f in zip(judged, tests or [""]*len(judged), strict=True)]
 
 # %% ../nbs/14_datasets.ipynb #11b21f6b
+def too_many_unusable(
+    samples, # list of `Sample`, of one file
+    issues, # list of Issue, of the same
+    max_unusable:float, # share of its rows that may be unusable
+)->str: # what is wrong, or ''
+    "Whether so much of a file is unusable that it must be another mistake"
+    bad = [o for o in issues if o.fate == "left out" and o.fault not in ("past the end", "before 0", "no span")]
+    gone = len({o.qid for o in bad} - {s.qid for s in samples})
+    if gone <= max_unusable*(gone + len(samples)): return ""
+    return (f"{gone} of {gone + len(samples)} rows are unusable, at most {max_unusable:.0%} may be (max_unusable); "
+            f"the first: {bad[0].qid!r:.80}: {bad[0].fault}, {bad[0].text}")
+
 def read_parts(
     parts, # list of Part
     policy:Policy="clip", # for training spans that do not fit their video; those reported on are kept as annotated
@@ -587,11 +609,7 @@ def read_parts(
     out, notes = {"train": [], "heldout": []}, {}
     for p in parts:
         samples, issues = read_set(p.name, p.path, p.videos, p.split, policy if p.role == "train" else "keep")
-        bad = [o for o in issues if o.fate == "left out" and o.fault not in ("past the end", "before 0", "no span")]
-        gone = len({o.qid for o in bad} - {s.qid for s in samples})
-        if gone > max_unusable*(gone + len(samples)): raise ValueError(
-            f"{p.path}: {gone} of {gone + len(samples)} rows are unusable, "
-            f"at most {max_unusable:.0%} may be (max_unusable); the first: {bad[0].qid!r:.80}: {bad[0].fault} {bad[0].text}")
+        if why := too_many_unusable(samples, issues, max_unusable): raise ValueError(f"{p.path}: {why}")
         out[p.role] += samples
         notes |= counted(issues, f"{p.name} {p.split}")
     return out, notes

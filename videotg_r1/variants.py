@@ -147,7 +147,7 @@ def flat(
 )->dict: # n, videos, R1@0.3, ..., mIoU, lo, hi, misses, intervals
     "The numbers of an evaluation, with the interval of mIoU beside them and those of all in `intervals`"
     out = {k: result[k] for k in ("n", "videos")} | {k: v for k,v in result.items() if isinstance(v, float)}
-    lo, hi = result["intervals"].get("mIoU", (None, None))
+    lo, hi = result["intervals"].get("mIoU") or (None, None)
     return out | dict(lo=lo, hi=hi, misses=sum(result["misses"].values()), intervals=result["intervals"])
 
 # %% ../nbs/61_variants.ipynb #3ab52037
