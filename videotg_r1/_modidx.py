@@ -971,6 +971,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'videotg_r1.plots': { 'videotg_r1.plots.bucket_panels': ('plots.html#bucket_panels', 'videotg_r1/plots.py'),
                                   'videotg_r1.plots.canvas': ('plots.html#canvas', 'videotg_r1/plots.py'),
                                   'videotg_r1.plots.dots': ('plots.html#dots', 'videotg_r1/plots.py'),
+                                  'videotg_r1.plots.draw_strip': ('plots.html#draw_strip', 'videotg_r1/plots.py'),
                                   'videotg_r1.plots.draw_timeline': ('plots.html#draw_timeline', 'videotg_r1/plots.py'),
                                   'videotg_r1.plots.film_strip': ('plots.html#film_strip', 'videotg_r1/plots.py'),
                                   'videotg_r1.plots.histogram': ('plots.html#histogram', 'videotg_r1/plots.py'),

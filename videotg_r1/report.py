@@ -467,7 +467,7 @@ def figures(
     base = next((r["mIoU"] for r in f["results"] if r["key"] == "base"), None)
     out["results"] = dots([row(r) for r in f["results"]], reference=base), "Held-out mIoU with 95 % intervals over videos; the dashed line is the base."
     logs = {TITLES.get(k[6:], k[6:]): history_of(s) for k,s in stages.items() if k.startswith("train-")}
-    if fig := training_curves(logs, "reward", 9): out["training"] = fig, "Mean reward of the sampled answers, smoothed over 9 steps. Masked steps are easier, so a higher curve is not a better model."
+    if fig := training_curves(logs, "reward", 9): out["training"] = fig, "Mean reward of the sampled answers, smoothed over 9 steps. Pools differ, and masked steps are easier: a curve can be compared with itself alone."
     if "estimate" in stages:
         rows = [r for r in read_ledger(stages["estimate"]["folder"]/"difficulties.jsonl")[1] if not r.get("broken")]
         out["difficulty"] = histogram([r["difficulty"] for r in rows]), "Difficulty of the training samples for the base: 1 - mean tIoU of its answers."
@@ -522,7 +522,8 @@ def efficiency_curve(
     for r in f["data_efficiency"]:
         way = r["name"].rsplit("_", 1)[0].replace("_", " ")
         series.setdefault(way, []).append(dict(x=r["n"], y=r["mIoU"], lo=r["lo"], hi=r["hi"]))
-    return lines(series, "training samples", "held-out mIoU", log_x=True)
+    base = next((r["mIoU"] for r in f["results"] if r["key"] == "base"), None)
+    return lines(series, "training samples", "held-out mIoU", log_x=True, level=None if base is None else ("zero-shot", base))
 
 # %% ../nbs/71_report.ipynb #59e8a97e
 def example_figures(
@@ -557,10 +558,10 @@ STYLE = """
 body { margin: 0 auto; padding: 2rem 1.2rem 5rem; max-width: 66rem; font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var(--page) }
 h1 { font-size: 1.7rem; margin: 0 } h2 { font-size: 1.2rem; margin: 2.4rem 0 .5rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem }
 .claim { font-size: 1.12rem; border-left: 4px solid var(--mark); padding: .2rem 0 .2rem 1rem; margin: 1.2rem 0 }
-.soft, figcaption, caption { color: var(--soft); font-size: .9rem } caption { text-align: left; padding: .3rem 0 }
+.soft, figcaption { color: var(--soft); font-size: .9rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; margin: .6rem 0 }
-th, td { padding: .32rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; vertical-align: top }
-th:first-child, td:first-child, .text { text-align: left } td.text { white-space: normal; min-width: 12rem } thead th { border-bottom: 2px solid var(--line) }
+th, td { padding: .32rem .42rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; vertical-align: top }
+th:first-child, td:first-child, .text { text-align: left } td.text { white-space: normal; min-width: 10rem } thead th { border-bottom: 2px solid var(--line) }
 h3 { font-size: 1.02rem; margin: 1.4rem 0 .4rem } summary { cursor: pointer; width: fit-content; color: var(--mark) } summary:focus-visible, a:focus-visible { outline: 3px solid var(--mark); outline-offset: 2px } a { color: var(--mark) }
 .cards { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .9rem; margin: .2rem 0 1rem } .cards details[open] { flex-basis: 100% } .cards dl { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: .15rem 1rem; margin: .5rem 0; padding: .7rem .9rem; background: var(--card); border-radius: 6px }
 dt { color: var(--soft) } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap } .models > details { margin: .5rem 0 }
@@ -578,13 +579,14 @@ def esc(
 def html_table(
     head, # names of the columns
     rows, # lists of cells
-    note="", # below the table
+    note="", # above the table
 )->str: # html
     "A table; cells with words are set to the left"
     wordy = {i for r in rows for i,c in enumerate(r) if len(str(c)) > (24 if i else 60)}
     cell = lambda tag, i, c: f'<{tag} class="text">{esc(c)}</{tag}>' if i in wordy else f"<{tag}>{esc(c)}</{tag}>"
     line = lambda tag, cells: "<tr>" + "".join(cell(tag, i, c) for i,c in enumerate(cells)) + "</tr>"
-    return (f'<div class="wide"><table>{"<caption>" + esc(note) + "</caption>" if note else ""}'
+    above = f'<p class="soft">{esc(note)}</p>' if note else ""             # it does not scroll with the table
+    return (f'{above}<div class="wide"><table>'
             f'<thead>{line("th", head)}</thead><tbody>{"".join(line("td", r) for r in rows)}</tbody></table></div>')
 
 def html_figure(
