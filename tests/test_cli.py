@@ -282,6 +282,7 @@ def test_mistakes_that_ended_in_a_traceback(tmp_path):
 def test_values_may_stand_behind_a_flag(tmp_path):
     assert "did you mean 'train_videos'" in refused("world", tmp_path/"w", "--workers", "1", "train_videoz=1")
     assert "unrecognized arguments: a=1" in vtg("watch", "x", "--once", "a=1")[2]
+    assert "grpo.GRPOSettings has no 'learning_rate'; did you mean 'lr'?" in refused("stage", "train", "grpo.learning_rate=1e-6", "--run-dir", tmp_path/"s")
 
 
 def test_a_reader_that_leaves():

@@ -115,6 +115,7 @@ MISTAKES = {
     "no such device": lambda t: ground(VIDEO, "--model", "tiny", "--device", "cuda:99"),
     "weights are pickled": lambda t: ground(VIDEO, "--model", folder(t), "--device", "cpu"),
     "unknown verb": lambda t: ["gruond", VIDEO, "x"],
+    "a value behind `vtg run`": lambda t: ["run", "quickstart", "grpo.steps=3"],
     "no params file": lambda t: ["run", "quickstrat"],
     "tab in a params file": lambda t: params(t, text="run: x\nshared:\n\tmodel: tiny\n"),
     "name given twice": lambda t: params(t, text="run: x\nrun: y\n"),

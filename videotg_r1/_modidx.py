@@ -210,6 +210,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'videotg_r1.cli.parser': ('cli.html#parser', 'videotg_r1/cli.py'),
                                 'videotg_r1.cli.preflight': ('cli.html#preflight', 'videotg_r1/cli.py'),
                                 'videotg_r1.cli.push': ('cli.html#push', 'videotg_r1/cli.py'),
+                                'videotg_r1.cli.put_in': ('cli.html#put_in', 'videotg_r1/cli.py'),
                                 'videotg_r1.cli.rules_of': ('cli.html#rules_of', 'videotg_r1/cli.py'),
                                 'videotg_r1.cli.run': ('cli.html#run', 'videotg_r1/cli.py'),
                                 'videotg_r1.cli.saved': ('cli.html#saved', 'videotg_r1/cli.py'),

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRUTH', 'OUT', 'RUNS', 'RULES', 'SCORE_VERBS', 'PARAMS', 'VALUES', 'STALL', 'FORCE', 'DATA_VERBS', 'VERBS', 'ADVICE',
-           'lib', 'say', 'params_of', 'run', 'pairs', 'stage', 'preflight', 'show_findings', 'doctor', 'ground',
-           'world', 'rules_of', 'saved', 'score', 'compare', 'compare_files', 'bench', 'explore', 'watch', 'browse',
-           'export', 'push', 'torture', 'data_files', 'data', 'bring', 'merge_parts', 'merge', 'evidence', 'parser',
-           'stoppable', 'advised', 'asked', 'main']
+           'lib', 'say', 'params_of', 'run', 'pairs', 'put_in', 'stage', 'preflight', 'show_findings', 'doctor',
+           'ground', 'world', 'rules_of', 'saved', 'score', 'compare', 'compare_files', 'bench', 'explore', 'watch',
+           'browse', 'export', 'push', 'torture', 'data_files', 'data', 'bring', 'merge_parts', 'merge', 'evidence',
+           'parser', 'stoppable', 'advised', 'asked', 'main']
 
 # %% ../nbs/82_cli.ipynb #abcf0e90
 import argparse
@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import threading
+from copy import deepcopy
 from pathlib import Path
 
 # %% ../nbs/82_cli.ipynb #2eaef027
@@ -72,16 +73,32 @@ def pairs(
         try: return lib("config").load_params(Path(d)/"given.yaml")
         except ValueError as e: raise ValueError(str(e).replace(str(Path(d)/"given.yaml"), "name=value")) from None
 
+def put_in(
+    params:dict, # name -> value
+    values:dict, # name -> value; a name with dots is one inside, as in grpo.steps
+    defaults:dict, # name -> value, what `params` leave out
+)->dict: # params with the values in them
+    "Values over parameters"
+    out = deepcopy(params)
+    for name, value in values.items():
+        (*path, last), at = str(name).split("."), out
+        for i, o in enumerate(path):
+            at = at.setdefault(o, {} if i else deepcopy(defaults.get(o, {})))
+            if not isinstance(at, dict): raise ValueError(f"{name}: expected settings in {o}, it holds {at!r}")
+        at[last] = value
+    return out
+
 # %% ../nbs/82_cli.ipynb #31c71bf0
 def stage(
     args, # name, values, params, run_dir, force, list, stall
 )->int: # exit code
     "run one stage notebook, with its defaults or with name=value"
     s = lib("stages")
+    known = s.stage_params(s.stage_notebook(args.name))
     if args.list:
-        for k,p in s.stage_params(s.stage_notebook(args.name)).items(): say(f"{k} = {json.dumps(p.default)}  # {p.help}")
+        for k,p in known.items(): say(f"{k} = {json.dumps(p.default)}  # {p.help}")
         return 0
-    given = (params_of(args.params) if args.params else {}) | pairs(args.values)
+    given = put_in(params_of(args.params) if args.params else {}, pairs(args.values), {k: p.default for k,p in known.items()})
     folder = args.run_dir or f"runs/by-hand/{Path(args.name).stem}"
     status = s.run_stage(args.name, given, folder, force=args.force, stall_s=args.stall)
     say(f"{status}: {s.repo_path(folder)}")
@@ -398,7 +415,7 @@ def evidence(
 
 # %% ../nbs/82_cli.ipynb #eb81d579
 PARAMS = ("params", dict(help="params file, or the name of a shipped one, as in quickstart"))
-VALUES = ("values", dict(nargs="*", default=[], metavar="name=value", help="values, read as YAML"))
+VALUES = ("values", dict(nargs="*", default=[], metavar="name=value", help="values, read as YAML; a dot reaches inside, as in grpo.steps=3"))
 STALL = ("--stall", dict(type=float, default=None, metavar="SECONDS", help="end a stage that gives no sign of life for so long (default: stall_s of the params file, or 1800)"))
 FORCE = ("--force", dict(action="store_true", help="replace results of other parameters instead of refusing"))
 
@@ -512,7 +529,9 @@ def asked(
         parser().print_help(sys.stderr)
         raise SystemExit(2)
     args, rest = parser().parse_known_args(argv)
-    if wrong := [o for o in rest if o.startswith("-") or "=" not in o or not hasattr(args, "values")]: parser().error(f"unrecognized arguments: {' '.join(wrong)}")
+    if wrong := [o for o in rest if o.startswith("-") or "=" not in o or not hasattr(args, "values")]:
+        tip = "; a run takes its values from its params file alone: copy it, and change them there" if hasattr(args, "params") and "=" in wrong[0] else ""
+        parser().error(f"unrecognized arguments: {' '.join(wrong)}{tip}")
     if rest: args.values = [*args.values, *rest]
     return args
 
